@@ -1,0 +1,143 @@
+"""What a model is and how it is run: frozen dataclasses, no behaviour beyond validation.
+
+Letters used for shapes throughout: T tokens (rows), D model width, H query heads,
+K key/value heads, d head size, F feed-forward width, V vocabulary, L layers, G groups of 32.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from edgert.errors import OptionError
+
+Quant = Literal["f32", "f16", "q8", "q4"]
+QUANTS: tuple[Quant, ...] = ("f32", "f16", "q8", "q4")
+KvType = Literal["f16", "q8"]
+KV_TYPES: tuple[KvType, ...] = ("f16", "q8")
+Activation = Literal["silu", "relu", "relu2", "gelu_tanh"]
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "relu", "relu2", "gelu_tanh")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Everything about a decoder that is not a weight. Stored as JSON in the file."""
+
+    architecture: str  # the Hugging Face model_type: "llama", "mistral", ...
+    layers: int  # L
+    width: int  # D
+    heads: int  # H
+    kv_heads: int  # K, divides H
+    head_dim: int  # d, even; not always D / H
+    ffn_width: int  # F
+    vocab: int  # V
+    context: int  # positions the model was made for
+    norm_eps: float
+    activation: Activation = "silu"
+    tied_embeddings: bool = False  # the output matrix is the token embedding
+    qkv_bias: bool = False
+    output_bias: bool = False  # a bias on the attention output projection
+    ffn_bias: bool = False  # biases on gate, up and down
+    qk_norm: bool = False  # RMSNorm over each head of q and k before RoPE
+    windows: tuple[int, ...] = ()  # per layer: keys visible, 0 for all; () for all zeros
+    rope_theta: float = 10000.0  # informative: the frequencies themselves are a tensor
+    rope_scaling: str = "default"  # informative
+    rope_magnitude: float = 1.0  # multiplies cos and sin (YaRN's attention factor)
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "ModelSpec":
+        """The inverse of `to_json`; raises TypeError or ValueError on anything unexpected."""
+        known = {f.name for f in fields(cls)}
+        extra = set(values) - known
+        if extra:
+            raise ValueError(f"unknown fields {sorted(extra)}")
+        given = dict(values)
+        for name in ("windows", "eos_ids"):
+            if name in given:
+                given[name] = tuple(given[name])
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn_width", "vocab", "context"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value < 1 << 31:
+                raise ValueError(f"{name} is {value!r}, expected a positive whole number")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads is {self.heads}, not a multiple of kv_heads {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, expected an even number")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}, expected one of {ACTIVATIONS}")
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(f"windows has {len(self.windows)} entries for {self.layers} layers")
+        if any(type(w) is not int or w < 0 for w in self.windows):
+            raise ValueError(f"windows is {self.windows!r}, expected whole numbers >= 0")
+        for name in ("norm_eps", "rope_theta", "rope_magnitude"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < 1e38:
+                raise ValueError(f"{name} is {value!r}, expected a number >= 0")
+        for name in ("tied_embeddings", "qkv_bias", "output_bias", "ffn_bias", "qk_norm"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected true or false")
+        ids = self.eos_ids if self.bos_id is None else (*self.eos_ids, self.bos_id)
+        if any(type(i) is not int or not 0 <= i < self.vocab for i in ids):
+            raise ValueError(f"bos_id and eos_ids are {ids}, expected ids below vocab {self.vocab}")
+
+    def window(self, layer: int) -> int:
+        """Keys visible in this layer, counting the token itself; 0 for all."""
+        return self.windows[layer] if self.windows else 0
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """Which precision each kind of tensor is stored in. Vectors are always f32."""
+
+    matrices: Quant = "q4"
+    embedding: Quant = "q4"  # also the output matrix when the two are tied
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How a model is executed on one machine."""
+
+    threads: int
+    context: int  # positions the KV cache holds
+    chunk: int  # rows of one prefill pass
+    kv: KvType = "f16"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Names and defaults follow the field (vLLM, llama.cpp)."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    seed: int | None = None  # None: from the operating system
+    stop: tuple[str, ...] = field(default=())
+    logprobs: int = 0  # how many top log-probabilities to report per token
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_tokens", self.max_tokens >= 0, ">= 0"),
+            ("temperature", 0 <= self.temperature < float("inf"), "a finite number >= 0"),
+            ("top_k", self.top_k >= 0, ">= 0 (0: off)"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "> 0 (1: off)"),
+            ("presence_penalty", -100 <= self.presence_penalty <= 100, "between -100 and 100"),
+            ("logprobs", 0 <= self.logprobs <= 100, "between 0 and 100"),
+        )
+        for name, good, expected in checks:
+            if not good:
+                raise OptionError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+        if any(not s for s in self.stop):
+            raise OptionError("stop holds an empty string; expected texts of at least one character")

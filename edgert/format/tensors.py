@@ -1,0 +1,88 @@
+"""The tensor table: every tensor a model has, by name, shape and role.
+
+This one table drives the writer, the reader and the weights of the engine.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from edgert.config import ModelSpec
+from edgert.format.layout import Role
+
+TOKENIZER: Final = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDecl:
+    """A tensor that a model of some spec has."""
+
+    name: str
+    shape: tuple[int, ...]  # logical, before any padding
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as it lies in a file."""
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]  # logical, before any padding
+    quant: str  # f32, f16, q8 or q4; u8 for bytes
+    layout: str  # rows16 for a matrix, flat for the rest
+    offset: int  # from the start of the file, a multiple of PAGE
+    nbytes: int  # without the zeros up to the next page
+    sha256: str  # of those nbytes, in lowercase hexadecimal
+
+
+def declared(spec: ModelSpec, tokenizer_bytes: int = 0) -> tuple[TensorDecl, ...]:
+    """The tensors of a model in their order of use; a tokenizer of 0 bytes is none."""
+    return tuple(iter_declared(spec, tokenizer_bytes))
+
+
+def iter_declared(spec: ModelSpec, tokenizer_bytes: int = 0) -> Iterator[TensorDecl]:
+    """`declared`, lazily: a hostile spec may claim 2**31 layers, so readers stop at the first absent one."""
+    if tokenizer_bytes:
+        yield TensorDecl(TOKENIZER, (tokenizer_bytes,), "bytes")
+    yield _matrix("token_embedding", spec.vocab, spec.width)
+    yield _vector("rope_frequencies", spec.head_dim // 2)
+    layer = (*_attention(spec), *_feed_forward(spec))
+    for index in range(spec.layers):
+        for decl in layer:
+            yield TensorDecl(f"layers.{index}.{decl.name}", decl.shape, decl.role)
+    yield _vector("output_norm", spec.width)
+    if not spec.tied_embeddings:
+        yield _matrix("output", spec.vocab, spec.width)
+
+
+def _attention(spec: ModelSpec) -> Iterator[TensorDecl]:
+    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    yield _vector("attention_norm", spec.width)
+    for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+        yield _matrix(name, rows, spec.width)
+        if spec.qkv_bias:
+            yield _vector(f"{name}_bias", rows)
+    if spec.qk_norm:
+        yield _vector("q_norm", spec.head_dim)
+        yield _vector("k_norm", spec.head_dim)
+    yield _matrix("o", spec.width, queries)
+    if spec.output_bias:
+        yield _vector("o_bias", spec.width)
+
+
+def _feed_forward(spec: ModelSpec) -> Iterator[TensorDecl]:
+    width, ffn = spec.width, spec.ffn_width
+    yield _vector("ffn_norm", width)
+    for name, rows, columns in (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn)):
+        yield _matrix(name, rows, columns)
+        if spec.ffn_bias:
+            yield _vector(f"{name}_bias", rows)
+
+
+def _matrix(name: str, rows: int, columns: int) -> TensorDecl:
+    return TensorDecl(name, (rows, columns), "matrix")
+
+
+def _vector(name: str, length: int) -> TensorDecl:
+    return TensorDecl(name, (length,), "vector")
