@@ -1,0 +1,6 @@
+"""From the formats models are published in to one .ert file. Converters never import the engine."""
+
+from edgert.converters.dispatch import convert
+from edgert.converters.report import ConversionReport, Progress, TensorReport
+
+__all__ = ["ConversionReport", "Progress", "TensorReport", "convert"]

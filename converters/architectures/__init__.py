@@ -1,0 +1,41 @@
+"""The architectures edgert converts, by Hugging Face model_type.
+
+A new one is a file with a `variant` function, and a line here.
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+from edgert.converters.architectures import llama, mistral, qwen2, qwen3
+from edgert.converters.architectures.family import Decoder, Variant, read_decoder, source_name
+from edgert.converters.hf_config import HfConfig, shown
+from edgert.errors import NotAModelError, UnsupportedError
+
+VARIANTS: Final[dict[str, Callable[[HfConfig], Variant]]] = {
+    "llama": llama.variant,
+    "mistral": mistral.variant,
+    "qwen2": qwen2.variant,
+    "qwen3": qwen3.variant,
+}
+
+__all__ = ["VARIANTS", "Decoder", "describe", "source_name"]
+
+
+def describe(config: HfConfig, generation: HfConfig) -> Decoder:
+    """The decoder that config.json and generation_config.json (empty if absent) describe.
+
+    Raises NotAModelError for a config without a model_type, UnsupportedError naming what was
+    found and what is supported, ConversionError for a config that is damaged.
+    """
+    if not config.has("model_type"):
+        raise NotAModelError(
+            f"{config.where}: found no model_type, expected the config.json of a language model; "
+            "check that this is the model's folder"
+        )
+    model_type = config.text("model_type")
+    if model_type not in VARIANTS:
+        raise UnsupportedError(
+            f"{config.where}: found model_type {shown(model_type)}, expected one of {', '.join(VARIANTS)}; "
+            "convert a model of a supported architecture"
+        )
+    return read_decoder(config, generation, VARIANTS[model_type](config))

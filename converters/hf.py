@@ -1,0 +1,178 @@
+"""Hugging Face folders: config.json, safetensors, tokenizer.json and the chat template."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.config import ModelSpec, Quant, QuantSpec
+from edgert.converters.architectures import Decoder, describe, source_name
+from edgert.converters.hf_config import HfConfig, parse_object, read_bytes, read_object, shown
+from edgert.converters.pipeline import quant_spec, write_model
+from edgert.converters.report import ConversionReport, Progress
+from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor, open_folder
+from edgert.errors import ConversionError, NotAModelError, UnsupportedError
+from edgert.format import TensorDecl, declared
+
+ROPE: Final = "rope_frequencies"  # computed from the config, not in the checkpoint
+
+
+class HfWeights:
+    """The tensors of a folder under edgert's names: a WeightSource."""
+
+    def __init__(self, decoder: Decoder, tensors: dict[str, SourceTensor]) -> None:
+        self._decoder = decoder
+        self._tensors = tensors
+
+    def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32]]:
+        """A matrix in slabs of rows."""
+        return self._tensors[source_name(name)].rows(slab_rows)
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A norm, a bias, or the rotary frequencies."""
+        if name == ROPE:
+            return self._decoder.rope_frequencies
+        return self._tensors[source_name(name)].vector()
+
+
+def convert_hf(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    quant: Quant | QuantSpec = "q4",
+    *,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert a Hugging Face folder to an .ert file, one slab of rows in memory at a time.
+
+    Everything that can be known without reading weights is checked before the first is written.
+    Raises NotAModelError for a folder that holds no model, UnsupportedError for one that edgert
+    cannot run, ConversionError for damaged files and a full disk, OptionError for `quant`.
+    """
+    folder, quant = Path(folder), quant_spec(quant)
+    if not (folder / "config.json").is_file():
+        raise NotAModelError(
+            f"{folder}: found no config.json, expected a Hugging Face model folder; "
+            "check the path or download the model"
+        )
+    tensors = open_folder(folder)
+    decoder = _decoder(folder, tensors)
+    check_tensors(decoder.spec, tensors, folder)
+    tokenizer = _tokenizer_json(folder)
+    weights = HfWeights(decoder, tensors)
+    return write_model(Path(out), decoder.spec, weights, quant, tokenizer, _metadata(folder), progress)
+
+
+def _decoder(folder: Path, tensors: dict[str, SourceTensor]) -> Decoder:
+    decoder = describe(_config(folder, "config.json"), _config(folder, "generation_config.json"))
+    output = tensors.get(source_name("output"))
+    embedding = tensors.get(source_name("token_embedding"))
+    if decoder.spec.tied_embeddings and output and embedding and not output.same_bytes(embedding):
+        # As transformers 5 does: two different matrices in the file outweigh the config's word.
+        decoder = replace(decoder, spec=replace(decoder.spec, tied_embeddings=False))
+    return decoder
+
+
+def check_tensors(spec: ModelSpec, tensors: dict[str, SourceTensor], folder: Path) -> None:
+    """Every tensor of the spec is there, in its shape and a type we read, and no other is."""
+    strangers = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+    if spec.tied_embeddings:
+        strangers.discard(source_name("output"))  # a copy of the embedding
+    for decl in declared(spec):
+        if decl.name != ROPE:
+            name = source_name(decl.name)
+            _check_tensor(decl, name, tensors.get(name), folder)
+            strangers.discard(name)
+    if strangers:
+        raise UnsupportedError(
+            f"{folder}: found {len(strangers)} tensors that {spec.architecture} does not have, first "
+            f"{shown(min(strangers))}, expected none; convert a model without adapters or extra heads"
+        )
+
+
+def _check_tensor(decl: TensorDecl, name: str, found: SourceTensor | None, folder: Path) -> None:
+    if found is None:
+        raise ConversionError(
+            f"{folder}: found no tensor {name}, expected one of shape {list(decl.shape)}; "
+            "download the model's files again"
+        )
+    if found.dtype not in ITEM_BYTES:
+        raise UnsupportedError(
+            f"{found.path}: found {name} as {shown(found.dtype)}, expected {', '.join(ITEM_BYTES)}; "
+            "convert the model that was not quantised"
+        )
+    if found.shape != decl.shape:
+        raise ConversionError(
+            f"{found.path}: found {name} of shape {list(found.shape)}, expected {list(decl.shape)} from "
+            "config.json; download the model's files again"
+        )
+
+
+def _config(folder: Path, name: str) -> HfConfig:
+    """The object in a JSON file of the folder; an empty one for a file that is not there."""
+    path = folder / name
+    return HfConfig(read_object(path) if path.is_file() else {}, str(path))
+
+
+def _tokenizer_json(folder: Path) -> bytes:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConversionError(
+            f"{folder}: found no tokenizer.json, expected one; download it, or write it with "
+            "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    data = read_bytes(path)
+    parse_object(data, path)  # a truncated download is cheap to find now and puzzling later
+    return data
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    """Where the file came from, and what chat needs beside the tokenizer."""
+    config = _config(folder, "tokenizer_config.json")
+    metadata = {
+        # The name only: a path would tell where the user keeps things.
+        "source": folder.resolve().name.encode("utf-8", "replace").decode("utf-8"),
+        "converter": f"edgert {_version()}",
+    }
+    template = _chat_template(folder, config)
+    if template is not None:
+        metadata["chat_template"] = template
+    for key in ("bos_token", "eos_token"):
+        text = _token_text(config.values.get(key))
+        if text is not None:
+            metadata[key] = text
+    return metadata
+
+
+def _chat_template(folder: Path, config: HfConfig) -> str | None:
+    """chat_template.jinja before tokenizer_config.json, as in transformers; "default" of a list."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return read_bytes(path).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConversionError(
+                f"{path}: found bytes that are not UTF-8 ({error.reason}); download it again"
+            ) from None
+    value: Any = config.values.get("chat_template")
+    if isinstance(value, list):
+        named = [item for item in value if isinstance(item, dict) and item.get("name") == "default"]
+        value = named[0].get("template") if named else None
+    return value if isinstance(value, str) else None
+
+
+def _token_text(value: Any) -> str | None:
+    """A special token of tokenizer_config.json: text, or an object with its text as content."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _version() -> str:
+    try:
+        return version("edgert")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"

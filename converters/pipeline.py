@@ -1,0 +1,154 @@
+"""The stream every source format shares: read a slab, quantise it, pack it, write it.
+
+No tensor is ever whole in memory, so the peak does not depend on the size of the model.
+"""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
+from edgert.converters.quantize import Distortion, check_weights, dequantize, quantize_q4, quantize_q8
+from edgert.converters.report import ConversionReport, Progress, TensorReport
+from edgert.errors import OptionError
+from edgert.format import ErtWriter, StoredTensor, TensorDecl, declared
+from edgert.format.tensors import TOKENIZER
+from edgert.kernels.packing import BLOCK, pack_floats, pack_q4, pack_q8
+
+# Weights of one slab, 4 MB as float32: about 30 MB with everything derived from it. Smaller slabs
+# spend their time on calls, larger ones leave the cache and gain nothing.
+SLAB_WEIGHTS: Final = 1 << 20
+
+
+class WeightSource(Protocol):
+    """The tensors of a model under the names of `edgert.format.declared`, whatever the file format."""
+
+    def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32]]:
+        """A matrix [N, K] in slabs of `slab_rows` rows, the last maybe shorter."""
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A vector, rope_frequencies among them."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Bytes written so far, for the progress callback."""
+
+    total: int
+    progress: Progress | None
+    done: int = 0
+    reports: list[TensorReport] = field(default_factory=list)
+
+    def add(self, name: str, nbytes: int) -> None:
+        self.done += nbytes
+        if self.progress is not None:
+            self.progress(name, self.done, self.total)
+
+
+def quant_spec(quant: Quant | QuantSpec) -> QuantSpec:
+    """One name for all matrices, or a spec; OptionError for a name that is no quantisation."""
+    spec = quant if isinstance(quant, QuantSpec) else QuantSpec(matrices=quant, embedding=quant)
+    for name in (spec.matrices, spec.embedding):
+        if name not in QUANTS:
+            raise OptionError(f"quant is {name!r}; expected one of {', '.join(QUANTS)}")
+    return spec
+
+
+def write_model(
+    out: Path,
+    spec: ModelSpec,
+    source: WeightSource,
+    quant: QuantSpec,
+    tokenizer_json: bytes | None,
+    metadata: Mapping[str, str],
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Write the .ert file of a model; on any failure nothing is left on the disk.
+
+    `metadata` is kept in the file beside `errors`, a JSON object of the relative error of every
+    tensor that lost something. Raises ConversionError for weights that cannot be stored and for
+    a full disk.
+    """
+    started = time.monotonic()
+    decls = declared(spec)
+    quants = {decl.name: _quant_of(decl, spec, quant) for decl in decls if decl.role == "matrix"}
+    with ErtWriter(out, spec, quants, tokenizer_json, metadata) as writer:
+        stored = [tensor for name, tensor in writer.tensors.items() if name != TOKENIZER]
+        tally = _Tally(sum(tensor.nbytes for tensor in stored), progress)
+        for tensor in stored:
+            tally.reports.append(_write_tensor(writer, tensor, source, tally))
+        errors = {r.name: float(f"{r.relative_error:.4g}") for r in tally.reports if r.relative_error}
+        writer.finish({"errors": json.dumps(errors, separators=(",", ":"))})
+    return ConversionReport(
+        path=out,
+        tensors=tuple(tally.reports),
+        file_bytes=writer.size,
+        seconds=time.monotonic() - started,
+        peak_rss_bytes=_peak_rss_bytes(),
+    )
+
+
+def _quant_of(decl: TensorDecl, spec: ModelSpec, quant: QuantSpec) -> Quant:
+    """`embedding` for the token embedding, which is the output matrix too when they are tied."""
+    return quant.embedding if decl.name == "token_embedding" else quant.matrices
+
+
+def _write_tensor(
+    writer: ErtWriter, tensor: StoredTensor, source: WeightSource, tally: _Tally
+) -> TensorReport:
+    distortion = Distortion()
+    if tensor.role == "matrix":
+        writer.write(tensor.name, _records(tensor, source, distortion, tally))
+    else:
+        values = source.vector(tensor.name)
+        check_weights(values, "f32", tensor.name)
+        writer.write(tensor.name, values.astype("<f4", copy=False))
+        tally.add(tensor.name, tensor.nbytes)
+    quant: Quant = next(name for name in QUANTS if name == tensor.quant)
+    return TensorReport(tensor.name, tensor.shape, quant, tensor.nbytes, distortion.relative)
+
+
+def _records(
+    tensor: StoredTensor, source: WeightSource, distortion: Distortion, tally: _Tally
+) -> Iterator[NDArray[np.uint8]]:
+    """The packed bytes of a matrix, whole blocks of rows at a time."""
+    slab_rows = max(1, SLAB_WEIGHTS // (tensor.shape[1] * BLOCK)) * BLOCK
+    for slab in source.rows(tensor.name, slab_rows):
+        packed, restored = encode(slab, tensor.quant, tensor.name)
+        if restored is not None:
+            distortion.add(slab, restored)
+        yield packed
+        tally.add(tensor.name, packed.nbytes)
+
+
+def encode(
+    weights: NDArray[np.float32], quant: str, name: str
+) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
+    """float32 [N, K] to record bytes (kernels/packing.py), and to what they decode to, float32 [N, K].
+
+    The second is None for f32, which is exact. Raises ConversionError as `check_weights`.
+    """
+    if quant == "q4":
+        values, scales = quantize_q4(weights, name=name)
+        return pack_q4(values, scales), dequantize(values, scales)
+    if quant == "q8":
+        values, scales = quantize_q8(weights, name=name)
+        return pack_q8(values, scales), dequantize(values, scales)
+    check_weights(weights, quant, name)
+    if quant == "f16":
+        half = weights.astype(np.float16)
+        return pack_floats(half), half.astype(np.float32)
+    return pack_floats(weights), None
+
+
+def _peak_rss_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

@@ -1,0 +1,1 @@
+"""What a device can do: profiles, and the probe that measures one."""
