@@ -1,0 +1,25 @@
+"""edgert: language models on small computers, exactly and at the speed of the memory bus.
+
+import edgert
+with edgert.load("model.ert") as model:
+    print(model.generate("Once upon a time", max_tokens=64).text)
+"""
+
+from edgert.config import ModelSpec, QuantSpec, SamplingParams
+from edgert.converters import convert
+from edgert.errors import EdgertError
+from edgert.events import Completion, TokenEvent
+from edgert.runtime import Model, load
+
+__all__ = [
+    "Completion",
+    "EdgertError",
+    "Model",
+    "ModelSpec",
+    "QuantSpec",
+    "SamplingParams",
+    "TokenEvent",
+    "convert",
+    "load",
+]
+__version__ = "0.1.0"

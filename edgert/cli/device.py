@@ -1,0 +1,72 @@
+"""`edgert probe`, `edgert doctor` and `edgert warmup`."""
+
+import dataclasses
+import json
+import platform
+import time
+from importlib import metadata
+
+import click
+
+from edgert.cli.options import size_text
+from edgert.kernels import jit, target
+from edgert.planner import cores
+
+
+@click.command("probe")
+@click.option("-t", "--threads", type=click.IntRange(min=1), help="Most threads to try. [default: all cores]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def probe_command(threads: int | None, as_json: bool) -> None:
+    """Measure this device: memory bandwidth, arithmetic, and what more rows cost."""
+    from edgert.devices.probe import probe
+
+    found = probe(threads or cores())
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return
+    print(f"cpu        {found.cpu}, {found.lowering}, {found.cores} threads, {size_text(found.ram_bytes)}")
+    print(f"memory     {_by_threads(found.stream_gb_s)} GB/s read")
+    print(f"products   {_by_threads(found.q4_gop_s)} GOP/s, q4 by int8")
+    costs = ", ".join(f"{n}: {cost:.2f}" for n, cost in zip(found.rows, found.row_cost, strict=True))
+    print(f"rows       {costs} (time of so many rows over that of one, one thread)")
+
+
+def _by_threads(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{n}: {value:.1f}" for n, value in enumerate(values, 1))
+
+
+@click.command("doctor")
+def doctor_command() -> None:
+    """Say what this machine offers, and what is wrong with it."""
+    lowering = target.lowering()
+    print(
+        f"edgert      {metadata.version('edgert')}, Python {platform.python_version()}, {platform.platform()}"
+    )
+    print(f"libraries   {', '.join(f'{n} {metadata.version(n)}' for n in ('numpy', 'numba', 'llvmlite'))}")
+    print(f"cpu         {target.cpu_name()}, {cores()} cores for this process")
+    print(f"kernels     {lowering.name} (dot product: {lowering.dot})")
+    print(f"cache       {jit.cache_report()}")
+    for problem in _problems():
+        print(f"problem     {problem}")
+
+
+def _problems() -> list[str]:
+    found = []
+    lowering = target.lowering()
+    if not jit.JIT:
+        found.append("NUMBA_DISABLE_JIT is set: everything runs in NumPy, hundreds of times slower; unset it")
+    elif lowering.dot == "generic":
+        found.append("no int8 dot product instruction is known for this CPU: quantised models will be slow")
+    if jit.cache_folder() is None:
+        found.append("compiled kernels cannot be kept (see cache): every start takes the time of `warmup`")
+    return found
+
+
+@click.command("warmup")
+def warmup_command() -> None:
+    """Compile the kernels ahead, so that the first model starts at once."""
+    from edgert.warmup import warm_up
+
+    began = time.perf_counter()
+    warm_up()
+    print(f"kernels ready in {time.perf_counter() - began:.1f} s; cache: {jit.cache_report()}")

@@ -1,0 +1,89 @@
+"""`edgert convert`, `edgert inspect` and `edgert verify`."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from edgert.cli.options import FILE, size_text
+from edgert.config import QUANTS, Quant
+from edgert.converters import ConversionReport, convert
+from edgert.format import ErtFile
+from edgert.format.verify import check
+
+
+@click.command("convert")
+@click.argument("source", type=FILE)
+@click.option("-o", "--output", type=FILE, required=True, metavar="OUT.ert", help="The file to write.")
+@click.option(
+    "--quant", type=click.Choice(QUANTS), default="q4", show_default=True, help="Precision of matrices."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+def convert_command(source: Path, output: Path, quant: Quant, as_json: bool) -> None:
+    """Convert a Hugging Face model folder to one .ert file."""
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def progress(name: str, done_bytes: int, total_bytes: int) -> None:
+            bar.update(task, description=name[-24:], completed=done_bytes, total=total_bytes)
+
+        report = convert(source, output, quant, progress)
+    if as_json:
+        print(json.dumps(_report_json(report)))
+    else:
+        _print_report(report, output)
+
+
+def _report_json(report: ConversionReport) -> dict[str, Any]:
+    return dataclasses.asdict(report) | {"path": str(report.path)}
+
+
+def _print_report(report: ConversionReport, output: Path) -> None:
+    table = Table("tensor", "shape", "type", "size", "error", box=None, pad_edge=False)
+    for column in (3, 4):
+        table.columns[column].justify = "right"
+    for tensor in report.tensors:
+        shape = " x ".join(map(str, tensor.shape))
+        table.add_row(
+            tensor.name, shape, tensor.quant, size_text(tensor.nbytes), f"{tensor.relative_error:.2%}"
+        )
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print(f"{output}: {size_text(output.stat().st_size)}, {report.seconds:.1f} s")
+
+
+@click.command("inspect")
+@click.argument("file", type=FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect_command(file: Path, as_json: bool) -> None:
+    """Show what is inside an .ert file."""
+    with ErtFile.open(file) as opened:
+        spec, metadata, size = opened.spec.to_json(), opened.metadata, opened.size
+        tensors = list(opened.tensors.values())
+    if as_json:
+        rows = [dataclasses.asdict(t) for t in tensors]
+        print(json.dumps({"size_bytes": size, "spec": spec, "metadata": metadata, "tensors": rows}))
+        return
+    print(f"{file}: {size_text(size)}, {len(tensors)} tensors")
+    for name, value in spec.items():
+        print(f"  {name:<16} {value}")
+    for name, text in metadata.items():
+        line = " ".join(text.split())
+        print(f"  {name:<16} {line if len(line) <= 70 else line[:67] + '...'}")
+    for t in tensors:
+        shape = " x ".join(map(str, t.shape))
+        print(f"  {t.name:<28} {shape:<16} {t.quant:<4} {size_text(t.nbytes):>12}")
+
+
+@click.command("verify")
+@click.argument("file", type=FILE)
+def verify_command(file: Path) -> None:
+    """Check every checksum of an .ert file; exit status 1 on damage."""
+    print(f"{file}: all {check(file)} tensors are intact")

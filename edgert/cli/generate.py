@@ -1,0 +1,123 @@
+"""`edgert run` and `edgert chat`."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgert.cli.options import FILE, engine_options, sampling_options
+from edgert.events import Completion
+from edgert.runtime import Generation, Model, load
+
+INTERRUPTED = 130
+
+
+@click.command("run")
+@click.argument("file", type=FILE)
+@click.option("-p", "--prompt", metavar="TEXT", help="The text to continue. [default: standard input]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
+@click.option("--check-tensors", is_flag=True, help="Compare every checksum of the file first.")
+@sampling_options
+@engine_options
+def run_command(file: Path, prompt: str | None, as_json: bool, **options: Any) -> int:
+    """Continue a text: stream it to stdout, one line of timing to stderr."""
+    text = sys.stdin.read() if prompt is None else prompt
+    began = time.perf_counter()
+    with _open(file, options) as model:
+        loaded = time.perf_counter() - began
+        generation = model.stream(text, **_sampling(options))
+        finished = _drain(generation, show=not as_json)
+        done = generation.completion()
+    if as_json:
+        print(json.dumps(_as_json(done, loaded), ensure_ascii=False))
+    else:
+        print(flush=True)
+        print(timing_line(done, loaded), file=sys.stderr)
+    return 0 if finished else INTERRUPTED
+
+
+@click.command("chat")
+@click.argument("file", type=FILE)
+@click.option("--system", metavar="TEXT", help="A system message to begin with.")
+@sampling_options
+@engine_options
+def chat_command(file: Path, system: str | None, **options: Any) -> int:
+    """Talk with a model, in its own chat template. Ctrl-C stops an answer, Ctrl-D ends."""
+    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    with _open(file, options) as model:
+        model.chat_prompt([*messages, {"role": "user", "content": "Hi"}])  # refuse a missing template at once
+        while True:
+            try:
+                said = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                print(file=sys.stderr)
+                return INTERRUPTED
+            messages.append({"role": "user", "content": said})
+            generation = model.stream(model.chat_prompt(messages), **_sampling(options))
+            _drain(generation, show=True)
+            print(flush=True)
+            done = generation.completion()
+            messages.append({"role": "assistant", "content": done.text})
+            print(timing_line(done, None), file=sys.stderr)
+
+
+def timing_line(done: Completion, load_s: float | None) -> str:
+    """What a generation took, on one line."""
+    t = done.timings
+    loaded = "" if load_s is None else f"load {load_s:.2f} s | "
+    return (
+        f"[{loaded}prompt {done.prompt_tokens} tokens, {t.prefill_tok_s:.1f} tok/s | first token "
+        f"{t.first_token_s * 1000:.0f} ms | {len(done.tokens)} tokens, {t.decode_tok_s:.1f} tok/s | "
+        f"{done.finish_reason}]"
+    )
+
+
+def _open(file: Path, options: dict[str, Any]) -> Model:
+    names = ("threads", "ram", "context", "kv", "chunk", "check_tensors")
+    return load(file, **{name: options[name] for name in names if name in options})
+
+
+def _sampling(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+    return {name: options[name] for name in (*names, "seed", "stop")}
+
+
+def _drain(generation: Generation, show: bool) -> bool:
+    """Take all events, showing their text; False if Ctrl-C ended them, what came is kept."""
+    try:
+        for event in generation:
+            if show:
+                print(event.text, end="", flush=True)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def _as_json(done: Completion, load_s: float) -> dict[str, Any]:
+    t = done.timings
+    return {
+        "text": done.text,
+        "tokens": list(done.tokens),
+        "prompt_tokens": done.prompt_tokens,
+        "finish_reason": done.finish_reason,
+        "timings": {
+            "load_s": load_s,
+            "first_token_s": t.first_token_s,
+            "prefill_tok_s": t.prefill_tok_s,
+            "decode_tok_s": t.decode_tok_s,
+        },
+        "memory": {"peak_rss_bytes": peak_rss_bytes()},
+        "stats": done.stats,
+    }
+
+
+def peak_rss_bytes() -> int:
+    """The most resident memory this process had, in bytes (Linux counts in KiB)."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

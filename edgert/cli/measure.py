@@ -1,0 +1,131 @@
+"""`edgert bench` and `edgert eval`."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgert.bench import BenchRow, run_tests
+from edgert.cli.options import FILE, engine_options, size_text
+from edgert.config import QUANTS, Quant
+from edgert.engine import Engine
+from edgert.errors import UsageError
+from edgert.evaluate import evaluate, read_documents
+from edgert.format import ErtFile
+from edgert.model.shapes import SHAPES, parameters, planned, random_weights, shape
+from edgert.planner import plan
+from edgert.runtime import load
+from edgert.state import Weights
+
+
+@click.command("bench")
+@click.argument("file", type=FILE, required=False)
+@click.option(
+    "--shape", "shape_name", metavar="NAME", help=f"Random weights in a shape: {', '.join(SHAPES)}."
+)
+@click.option("--quant", type=click.Choice(QUANTS), help="Precision of a --shape. [default: q4]")
+@click.option(
+    "-p", "--prompt", type=int, default=512, show_default=True, help="Prompt tokens; 0: no such test."
+)
+@click.option("-n", "--generate", type=int, default=128, show_default=True, help="Generated tokens; 0: none.")
+@click.option("-d", "--depth", type=int, default=0, show_default=True, help="Tokens already in the context.")
+@click.option("-r", "--repeats", type=int, default=5, show_default=True, help="Timed runs of each test.")
+@click.option(
+    "-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True, help="How to print."
+)
+@engine_options
+def bench_command(
+    file: Path | None,
+    shape_name: str | None,
+    quant: Quant | None,
+    prompt: int,
+    generate: int,
+    depth: int,
+    repeats: int,
+    output: str,
+    **options: Any,
+) -> None:
+    """Time prompt processing (pp) and generation (tg), with the columns of llama-bench."""
+    if (file is None) == (shape_name is None):
+        raise UsageError("give either a FILE or a --shape NAME")
+    if file is not None and quant is not None:
+        raise UsageError("--quant applies to --shape; a FILE has its own precision")
+    if repeats < 1 or min(prompt, generate, depth) < 0:
+        raise UsageError("-r must be at least 1, and -p, -n and -d not negative")
+    if not prompt and not generate:
+        raise UsageError("-p and -n are both 0: there is nothing to time; give one of them")
+    rows: list[BenchRow] = []
+    wanted = depth + max(prompt, generate)
+    given = options.pop("context")
+    with _weights(file, shape_name, quant or "q4") as (name, weights):
+        context = min(wanted, weights.spec.context) if given is None else given
+        config = plan(weights.spec, weights.size, context=context, **options)
+        with closing(Engine(weights, config)) as engine:
+            for test, mean, deviation in run_tests(engine, prompt, generate, repeats, depth):
+                count = parameters(weights.spec)
+                rows.append(BenchRow(name, weights.size, count, config.threads, test, mean, deviation))
+    print(_markdown(rows) if output == "md" else json.dumps([dataclasses.asdict(row) for row in rows]))
+
+
+@contextmanager
+def _weights(file: Path | None, shape_name: str | None, quant: Quant) -> Iterator[tuple[str, Weights]]:
+    if file is not None:
+        with ErtFile.open(file) as opened:
+            yield f"{opened.spec.architecture} {file.stem}", Weights.of_file(opened)
+        return
+    spec = shape(shape_name or "")
+    size = planned(spec, quant)[1]
+    print(f"random weights, {shape_name} {quant}: {size_text(size)}", file=sys.stderr)
+    yield f"{shape_name} {quant} random", random_weights(spec, quant)
+
+
+def _markdown(rows: list[BenchRow]) -> str:
+    head = ("model", "size", "params", "threads", "test", "t/s")
+    lines = [
+        (
+            row.model,
+            size_text(row.size_bytes),
+            f"{row.params / 1e6:.2f} M" if row.params < 1e9 else f"{row.params / 1e9:.2f} B",
+            str(row.threads),
+            row.test,
+            f"{row.ts_mean:.2f} ± {row.ts_sd:.2f}",
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+    rule = ["-" * (w - (i > 1)) + ":" * (i > 1) for i, w in enumerate(widths)]
+    table = [head, rule, *lines]
+    return "\n".join(
+        "| " + " | ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)) + " |" for r in table
+    )
+
+
+@click.command("eval")
+@click.argument("file", type=FILE)
+@click.option("--text", "text_file", type=FILE, required=True, help='A text, or .jsonl of {"text": ...}.')
+@click.option("--last", type=int, help="Only the last so many documents.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@engine_options
+def eval_command(file: Path, text_file: Path, last: int | None, as_json: bool, **options: Any) -> None:
+    """Perplexity and bits per byte of a model on a text."""
+    if last is not None and last < 1:
+        raise UsageError(f"--last is {last}; expected at least 1")
+    documents = read_documents(text_file, last)
+    with load(file, **options) as model:
+        result = evaluate(model, documents, _progress if sys.stderr.isatty() else None)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result)))
+        return
+    print(
+        f"perplexity {result.perplexity:.4f}, {result.bits_per_byte:.4f} bits per byte "
+        f"({result.tokens} tokens, {result.bytes} bytes, {result.documents} documents)"
+    )
+
+
+def _progress(done: int, total: int) -> None:
+    print(f"\r{done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)

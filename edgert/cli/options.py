@@ -1,0 +1,58 @@
+"""Options that several verbs share, and how numbers are shown."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+FILE = click.Path(path_type=Path)
+
+
+def engine_options(function: Command) -> Command:
+    """--threads, --ram, --context, --kv and --chunk: how a model is executed."""
+    for option in (
+        click.option("--chunk", type=int, help="Prompt tokens per forward pass."),
+        click.option(
+            "--kv", type=click.Choice(["f16", "q8"]), default="f16", show_default=True, help="KV cache type."
+        ),
+        click.option(
+            "-c",
+            "--context",
+            type=int,
+            help="Positions of the KV cache. [default: the model's, at most 8192]",
+        ),
+        click.option("--ram", metavar="SIZE", help="Refuse to exceed this memory, e.g. 2GiB."),
+        click.option(
+            "-t", "--threads", type=int, help="Threads. [default: all cores, fewer for a small model]"
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def sampling_options(function: Command) -> Command:
+    """How tokens are chosen; names and meanings are those of the field."""
+    for option in (
+        click.option("--stop", multiple=True, help="Stop before this text; may be repeated."),
+        click.option("--seed", type=int, help="Seed of the sampling. [default: random]"),
+        click.option("--presence-penalty", type=float, default=0.0, help="Subtracted from seen tokens."),
+        click.option("--repetition-penalty", type=float, default=1.0, help="Divides seen tokens. [1: off]"),
+        click.option("--min-p", type=float, default=0.0, help="Least probability, relative to the best."),
+        click.option("--top-p", type=float, default=1.0, help="Nucleus sampling. [1: off]"),
+        click.option("--top-k", type=int, default=0, help="Only the k best tokens. [0: off]"),
+        click.option("--temperature", type=float, default=0.0, help="0 always takes the best. [default: 0]"),
+        click.option("-n", "--max-tokens", type=int, default=128, show_default=True, help="Most new tokens."),
+    ):
+        function = option(function)
+    return function
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"

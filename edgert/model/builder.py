@@ -1,0 +1,193 @@
+"""Writes the program of a model: what an architecture file says, as rows of the operation table."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.config import ACTIVATIONS, EngineConfig
+from edgert.kernels import program
+from edgert.kernels.attention import MOST_HEADS
+from edgert.kernels.matmul import Q8
+from edgert.kv_cache import KvCache
+from edgert.state import MAX_OUTPUTS, Layout, Rows, Weights, padded
+
+_UNIT_BYTES = 1 << 16
+"""Weights in one unit of a matrix product: 2 us at 30 GB/s, far above the cost of taking a unit and
+far below a layer's time, so that threads finish together."""
+
+
+class Builder:
+    """Buffers and operations of one model at one engine configuration.
+
+    An architecture file calls these methods in the order of computation. T is `config.chunk`.
+    """
+
+    def __init__(self, weights: Weights, config: EngineConfig, cache: KvCache) -> None:
+        spec, rows = weights.spec, config.chunk
+        self.spec, self.weights, self.cache, self.config = spec, weights, cache, config
+        self.layout = layout = Layout()
+        self.hidden = layout.rows(rows, spec.width)  # [T, D] the residual stream
+        self.normed = layout.rows(rows, spec.width, quantized=True)  # [T, D]
+        self.q = layout.rows(rows, spec.heads * spec.head_dim)  # [T, H*d]
+        self.k = layout.rows(rows, spec.kv_heads * spec.head_dim)  # [T, K*d]
+        self.v = layout.rows(rows, spec.kv_heads * spec.head_dim)  # [T, K*d]
+        self.mixed = layout.rows(rows, spec.heads * spec.head_dim, quantized=True)  # [T, H*d]
+        self.gate = layout.rows(rows, spec.ffn_width, quantized=True)  # [T, F]
+        self.up = layout.rows(rows, spec.ffn_width)  # [T, F]
+        self.chosen = layout.rows(MAX_OUTPUTS, spec.width, quantized=True)  # [R, D]
+        self.logits = layout.rows(MAX_OUTPUTS, spec.vocab)  # [R, V]
+        table = layout.floats  # [T, d] cos and sin of each row's position, without padding
+        layout.floats += rows * spec.head_dim
+        self.table = table
+        # Per thread: scores, outputs and sums of the heads that one call of attention takes.
+        self.scratch_stride = padded(MOST_HEADS * (cache.capacity + padded(spec.head_dim) + 1))
+        self.scratch = layout.floats
+        layout.floats += config.threads * self.scratch_stride
+        self._code: list[NDArray[np.int64]] = []
+        self._reals: list[float] = []
+
+    def table_of_operations(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The program: int64 [operations, COLUMNS] and float32 [operations]."""
+        return np.stack(self._code), np.array(self._reals, np.float32)
+
+    @property
+    def position(self) -> int:
+        """How many operations there are so far."""
+        return len(self._code)
+
+    def embed(self) -> None:
+        """hidden = embedding of the tokens."""
+        matrix = self.weights.matrix("token_embedding")
+        self._add(
+            program.EMBED,
+            quant=matrix.quant,
+            w_at=matrix.at,
+            groups=matrix.groups,
+            y=self.hidden.at,
+            y_stride=self.hidden.stride,
+        )
+
+    def rope_table(self) -> None:
+        """Cos and sin of the rows' positions."""
+        self._add(
+            program.ROPE_TABLE,
+            real=self.spec.rope_magnitude,
+            frequencies=self.weights.vector("rope_frequencies"),
+            half=self.spec.head_dim // 2,
+            table=self.table,
+        )
+
+    def norm(self, gain: str, *, outputs: bool = False) -> Rows:
+        """RMSNorm of hidden, for all rows or only for those whose logits are wanted."""
+        y = self.chosen if outputs else self.normed
+        self._add(
+            program.NORM,
+            rows=program.OUTPUTS if outputs else program.TOKENS,
+            real=self.spec.norm_eps,
+            x=self.hidden.at,
+            x_stride=self.hidden.stride,
+            width=self.spec.width,
+            gain=self.weights.vector(gain),
+            y=y.at,
+            y_stride=y.stride,
+            groups=y.groups,
+            xq=y.quantized,
+        )
+        return y
+
+    def linear(
+        self, name: str, x: Rows, y: Rows, *, add: bool = False, last: bool = True, outputs: bool = False
+    ) -> None:
+        """y = W x + bias, or y += ...; `last` of those that read x and may run side by side."""
+        matrix = self.weights.matrix(name)
+        record = (2048, 1024, 544, 288)[matrix.quant] * matrix.groups
+        self._add(
+            program.MATMUL,
+            rows=program.OUTPUTS if outputs else program.TOKENS,
+            barrier=last,
+            quant=matrix.quant,
+            w_at=matrix.at,
+            groups=matrix.groups,
+            blocks=matrix.blocks,
+            unit=max(1, _UNIT_BYTES // record),
+            x=x.at,
+            x_stride=x.stride,
+            xq=x.quantized,
+            y=y.at,
+            y_stride=y.stride,
+            bias=self.weights.vector(f"{name}_bias"),
+            keep=add,
+        )
+
+    def heads(self, layer: int) -> None:
+        """Norm and rotation of q and k heads; k and v into the cache."""
+        self._add(
+            program.HEADS,
+            real=self.spec.norm_eps,
+            q=self.q.at,
+            q_stride=self.q.stride,
+            k=self.k.at,
+            k_stride=self.k.stride,
+            v=self.v.at,
+            v_stride=self.v.stride,
+            q_gain=self.weights.vector(f"layers.{layer}.q_norm"),
+            k_gain=self.weights.vector(f"layers.{layer}.k_norm"),
+            heads=self.spec.heads,
+            kv_heads=self.spec.kv_heads,
+            d=self.spec.head_dim,
+            table=self.table,
+            kind=self.cache.kind,
+            region=self.cache.layer(layer),
+            region_bytes=self.cache.region_bytes,
+            capacity=self.cache.capacity,
+            scratch=self.scratch,
+            scratch_stride=self.scratch_stride,
+        )
+
+    def attend(self, layer: int) -> Rows:
+        """mixed = attention of every head, quantised for what follows."""
+        self._add(
+            program.ATTEND,
+            real=float(self.spec.head_dim) ** -0.5,
+            q=self.q.at,
+            q_stride=self.q.stride,
+            heads=self.spec.heads,
+            kv_heads=self.spec.kv_heads,
+            d=self.spec.head_dim,
+            kind=self.cache.kind,
+            region=self.cache.layer(layer),
+            region_bytes=self.cache.region_bytes,
+            capacity=self.cache.capacity,
+            window=self.spec.window(layer),
+            y=self.mixed.at,
+            y_stride=self.mixed.stride,
+            scratch=self.scratch,
+            scratch_stride=self.scratch_stride,
+        )
+        self._add(
+            program.QUANTIZE,
+            x=self.mixed.at,
+            x_stride=self.mixed.stride,
+            groups=self.mixed.groups,
+            xq=self.mixed.quantized,
+        )
+        return self.mixed
+
+    def gated(self, down: str) -> Rows:
+        """gate = act(gate) * up, quantised where the matrix that follows wants it so."""
+        wants = self.weights.matrix(down).quant >= Q8
+        self._add(
+            program.GATE,
+            kind=ACTIVATIONS.index(self.spec.activation),
+            g=self.gate.at,
+            u=self.up.at,
+            stride=self.gate.stride,
+            groups=self.gate.groups,
+            xq=self.gate.quantized if wants else -1,
+        )
+        return self.gate
+
+    def _add(
+        self, op: int, *, rows: int = program.TOKENS, barrier: bool = True, real: float = 0.0, **operands: int
+    ) -> None:
+        self._code.append(program.encode(op, rows, barrier, **operands))
+        self._reals.append(real)

@@ -1,0 +1,131 @@
+"""The one forward path: token rows in, a range of layers, hidden rows or logits out.
+
+Decode is one row, prefill chunks of rows, a token tree rows with parents, an early exit a shorter
+range; keys and values are appended in every case.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.config import EngineConfig
+from edgert.errors import ContextLengthError, UsageError
+from edgert.kernels import program
+from edgert.kv_cache import KvCache
+from edgert.model import layer_of
+from edgert.model.builder import Builder
+from edgert.state import MAX_OUTPUTS, RunState, Weights
+from edgert.team import Team
+
+
+class Forward:
+    """A model ready to run: weights, cache, buffers, program and threads. Close it after use."""
+
+    def __init__(self, weights: Weights, config: EngineConfig) -> None:
+        self.spec, self.config = weights.spec, config
+        self.cache = KvCache(self.spec, config)
+        builder = Builder(weights, config, self.cache)
+        write_layer = layer_of(self.spec.architecture)
+        builder.rope_table()
+        self._embed = builder.position
+        builder.embed()
+        starts = []
+        for layer in range(self.spec.layers):
+            starts.append(builder.position)
+            write_layer(builder, layer)
+        self._starts = (*starts, builder.position)  # first operation of each layer, and past the last
+        x = builder.norm("output_norm", outputs=True)
+        output = "token_embedding" if self.spec.tied_embeddings else "output"
+        builder.linear(output, x, builder.logits, outputs=True)
+        code, reals = builder.table_of_operations()
+        self._hidden, self._logits = builder.hidden, builder.logits
+        self.state = state = RunState(builder.layout, config)
+        self._job = np.zeros(program.JOB_WORDS, np.int64)
+        arrays = (weights.data, state.f, state.xq, state.xs, state.xn, self.cache.data)
+        self.team = Team(
+            config.threads, (code, reals, *arrays, state.rows, state.paths, self._job), len(code)
+        )
+
+    def close(self) -> None:
+        """End the threads."""
+        self.team.close()
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        *,
+        outputs: Sequence[int] = (),
+        parents: Sequence[int] | None = None,
+        layers: tuple[int, int] | None = None,
+        hidden: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """One forward of up to `config.chunk` rows, behind the `cache.length` positions before them.
+
+        tokens: the rows' ids; `outputs`: the rows whose logits are wanted, at most MAX_OUTPUTS.
+        parents: for a token tree, each row's parent row, -1 for the sequence itself; without it each
+        row follows the one before and the cache grows by all rows. After a tree the caller decides
+        with `cache.keep`. layers: a range [first, last) instead of all; hidden: float32 [T, D] rows to
+        start from instead of the tokens' embeddings, for a range that does not start at 0.
+
+        Returns float32 [outputs, V] logits where the range ends with the last layer and outputs are
+        wanted, else the hidden rows [T, D]: views, valid until the next call.
+        """
+        count = len(tokens)
+        self._check(count, len(outputs))
+        first, last = layers or (0, self.spec.layers)
+        rows, job = self.state.rows, self._job
+        rows[program.TOKEN, :count] = tokens
+        self._place(count, parents)
+        rows[program.OUTPUT, : len(outputs)] = outputs
+        # One by one: assigning to a list of indices costs as much as a layer of a small model.
+        job[program.ROWS], job[program.BASE] = count, self.cache.length
+        job[program.WANTED], job[program.TREE] = len(outputs), parents is not None
+        if hidden is not None:
+            self._rows(self._hidden.at, self._hidden.stride, count)[:, : self.spec.width] = hidden
+        if hidden is not None or first > 0:
+            self._execute(0, self._embed)
+            self._execute(self._starts[first], self._end(last, outputs))
+        else:
+            self._execute(0, self._end(last, outputs))
+        if parents is None:
+            self.cache.length += count
+        if outputs and last == self.spec.layers:
+            return self._rows(self._logits.at, self._logits.stride, len(outputs))[:, : self.spec.vocab]
+        return self._rows(self._hidden.at, self._hidden.stride, count)[:, : self.spec.width]
+
+    def _check(self, count: int, outputs: int) -> None:
+        if not 0 < count <= self.config.chunk:
+            raise UsageError(f"{count} rows in one forward, expected 1 to {self.config.chunk}")
+        if outputs > MAX_OUTPUTS:
+            raise UsageError(f"{outputs} rows of logits in one forward, expected at most {MAX_OUTPUTS}")
+        self.cache.room_for(count)
+
+    def _place(self, count: int, parents: Sequence[int] | None) -> None:
+        """Positions of the rows, and for a tree the slots of each row's ancestors."""
+        base, positions = self.cache.length, self.state.rows[program.POSITION]
+        if parents is None:
+            positions[:count] = np.arange(base, base + count)
+            return
+        if count > MAX_OUTPUTS:
+            raise ContextLengthError(f"a tree of {count} nodes, expected at most {MAX_OUTPUTS}")
+        paths = self.state.paths.reshape(MAX_OUTPUTS, program.PATH)
+        for row, parent in enumerate(parents):
+            if not -1 <= parent < row:
+                raise UsageError(f"row {row} of a tree has parent {parent}, expected -1 or an earlier row")
+            depth = 0 if parent < 0 else int(positions[parent]) - base + 1
+            if parent >= 0:
+                paths[row, :depth] = paths[parent, :depth]
+            paths[row, depth] = base + row
+            positions[row] = base + depth
+
+    def _end(self, last: int, outputs: Sequence[int]) -> int:
+        wants_logits = last == self.spec.layers and len(outputs) > 0
+        return self._starts[last] + 2 if wants_logits else self._starts[last]
+
+    def _execute(self, first: int, last: int) -> None:
+        self._job[program.FIRST], self._job[program.LAST] = first, last
+        self.team.run()
+
+    def _rows(self, at: int, stride: int, count: int) -> NDArray[np.float32]:
+        return self.state.f[at : at + count * stride].reshape(count, stride)

@@ -1,0 +1,118 @@
+"""Published model shapes by name, and random weights in them: for benchmarks that need no download."""
+
+import numpy as np
+
+from edgert.config import ModelSpec, Quant
+from edgert.errors import OptionError
+from edgert.format import StoredTensor, declared
+from edgert.format.layout import page_padded, stored_bytes
+from edgert.kernels import packing
+from edgert.state import Weights
+
+
+def _shape(
+    architecture: str,
+    layers: int,
+    width: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    ffn_width: int,
+    vocab: int,
+    *,
+    context: int = 32768,
+    rope_theta: float = 500000.0,
+    tied_embeddings: bool = True,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+) -> ModelSpec:
+    return ModelSpec(
+        architecture=architecture,
+        layers=layers,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_width=ffn_width,
+        vocab=vocab,
+        context=context,
+        norm_eps=1e-5,
+        tied_embeddings=tied_embeddings,
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
+        rope_theta=rope_theta,
+    )
+
+
+SHAPES: dict[str, ModelSpec] = {
+    "qwen2.5-0.5b": _shape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, qkv_bias=True, rope_theta=1e6),
+    "llama-3.2-1b": _shape("llama", 16, 2048, 32, 8, 64, 8192, 128256),
+    "llama-3.2-3b": _shape("llama", 28, 3072, 24, 8, 128, 8192, 128256),
+    "qwen3-4b": _shape("qwen3", 36, 2560, 32, 8, 128, 9728, 151936, qk_norm=True, rope_theta=1e6),
+    "llama-3.1-8b": _shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, tied_embeddings=False),
+}
+
+
+def shape(name: str) -> ModelSpec:
+    """The shape called `name`; raises OptionError naming those there are."""
+    if name not in SHAPES:
+        raise OptionError(f"there is no shape {name!r}; there are: {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Weights of a model, without the rope frequencies (they are not trained)."""
+    return sum(int(np.prod(d.shape)) for d in declared(spec) if d.name != "rope_frequencies")
+
+
+def planned(spec: ModelSpec, quant: Quant) -> tuple[dict[str, StoredTensor], int]:
+    """Where each tensor of a model lies when all matrices have one precision, and the total size."""
+    tensors, at = {}, 0
+    for decl in declared(spec):
+        kind = quant if decl.role == "matrix" else "f32"
+        size = stored_bytes(decl.role, kind, decl.shape)
+        layout = "rows16" if decl.role == "matrix" else "flat"
+        tensors[decl.name] = StoredTensor(decl.name, decl.role, decl.shape, kind, layout, at, size, "")
+        at += page_padded(size)
+    return tensors, at
+
+
+def random_weights(spec: ModelSpec, quant: Quant, seed: int = 0) -> Weights:
+    """Random weights of a shape, scaled so that activations stay near 1 through all layers."""
+    tensors, size = planned(spec, quant)
+    data = np.zeros(size, np.uint8)
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, 1 << 20, dtype=np.uint8)
+    for tensor in tensors.values():
+        view = data[tensor.offset : tensor.offset + tensor.nbytes]
+        if tensor.name == "rope_frequencies":
+            half = spec.head_dim // 2
+            view.view(np.float32)[:] = spec.rope_theta ** -(np.arange(half) / half)
+        elif tensor.role == "vector":
+            view.view(np.float32)[:] = 0.0 if tensor.name.endswith("_bias") else 1.0
+        else:
+            _fill_matrix(view, quant, tensor.shape[1], noise)
+    return Weights(spec, data, tensors)
+
+
+def _fill_matrix(
+    view: np.ndarray[tuple[int], np.dtype[np.uint8]],
+    quant: Quant,
+    columns: int,
+    noise: np.ndarray[tuple[int], np.dtype[np.uint8]],
+) -> None:
+    """Fill with `noise` repeated: a benchmark reads every byte, whatever it is."""
+    size = packing.RECORD_BYTES[quant]
+    records = view.reshape(-1, size)
+    spread = columns**-0.5
+    if quant in ("f32", "f16"):
+        kind = np.float32 if quant == "f32" else np.float16
+        values = (
+            ((noise[: size * 64].astype(np.float32) - 127.5) * (spread / 74.0)).astype(kind).view(np.uint8)
+        )
+        view[:] = np.resize(values, view.size)
+        return
+    period = noise.size // size * size
+    view[:] = np.resize(noise[:period], view.size)
+    # A uniform byte has a standard deviation of 74, a uniform nibble one of 4.6.
+    records[:, -32:].view(np.float16)[:] = spread / (74.0 if quant == "q8" else 4.6)

@@ -1,0 +1,104 @@
+"""From a model, a machine and a budget to an EngineConfig."""
+
+import os
+import re
+
+from edgert.config import KV_TYPES, EngineConfig, KvType, ModelSpec
+from edgert.errors import MemoryBudgetError, OptionError
+from edgert.kernels import jit
+from edgert.kernels import kv as kv_kernels
+from edgert.kernels.attention import MOST_HEADS
+from edgert.state import MAX_OUTPUTS
+
+DEFAULT_CONTEXT = 8192
+"""Positions of the cache when none are asked for: a long conversation, at 256 MiB for a 1B model."""
+DEFAULT_CHUNK = 256
+"""Prompt tokens per forward. More reuse of each weight than 64 rows gains little; buffers grow with it."""
+BYTES_PER_THREAD = 8 << 20
+"""Weights that are worth one more thread: with 4 MiB a second one gains nothing over the barriers it
+costs (measured 137 and 134 us a token), with 16 MiB a third of the time."""
+BASE_BYTES = 200 << 20
+"""Resident memory of Python with numpy, numba and the compiled kernels: 150-180 MB measured."""
+COMPILING_BYTES = 120 << 20
+"""What compiling adds where the kernels are not in the cache: 296 MB in all measured."""
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "1GiB", "512M", "1.5g" or a plain number; raises OptionError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    if match is None:
+        raise OptionError(f"a size of {text!r}; expected a number of bytes or one like 512MiB, 2GiB, 1.5G")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def buffer_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+    """Memory of the run's buffers: some float rows per token of a chunk, and the logits."""
+    row = 2 * spec.width + (2 * spec.heads + 2 * spec.kv_heads + 1) * spec.head_dim + 2 * spec.ffn_width
+    quantized = spec.width + spec.heads * spec.head_dim + spec.ffn_width
+    logits = MAX_OUTPUTS * (spec.vocab + spec.width)
+    scratch = config.threads * MOST_HEADS * (config.context + spec.head_dim + 48)
+    return 4 * (config.chunk * row + logits + scratch) + config.chunk * quantized * 5 // 4
+
+
+def cache_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+    """Memory of a full KV cache."""
+    capacity = -(-config.context // 16) * 16
+    region = kv_kernels.region_bytes(KV_TYPES.index(config.kv), capacity, spec.head_dim)
+    return region * spec.layers * spec.kv_heads
+
+
+def plan(
+    spec: ModelSpec,
+    weight_bytes: int,
+    *,
+    threads: int | None = None,
+    ram: int | str | None = None,
+    context: int | None = None,
+    kv: KvType = "f16",
+    chunk: int | None = None,
+) -> EngineConfig:
+    """The configuration to run a model with; raises MemoryBudgetError when it cannot fit in `ram`."""
+    if kv not in KV_TYPES:
+        raise OptionError(f"kv is {kv!r}; expected one of {', '.join(KV_TYPES)}")
+    config = EngineConfig(
+        threads=_positive("threads", threads, min(cores(), 1 + weight_bytes // BYTES_PER_THREAD), 256),
+        context=_positive("context", context, min(spec.context, DEFAULT_CONTEXT), spec.context),
+        chunk=_positive("chunk", chunk, DEFAULT_CHUNK, 4096),
+        kv=kv,
+    )
+    budget = parse_size(ram) if isinstance(ram, str) else ram
+    if not isinstance(budget, int | None):
+        raise OptionError(f"ram is {budget!r}; expected bytes as a whole number, or a text like 2GiB")
+    if budget is not None:
+        compiling = 0 if jit.is_cached() else COMPILING_BYTES
+        cache, buffers = cache_bytes(spec, config), buffer_bytes(spec, config)
+        need = BASE_BYTES + compiling + weight_bytes + cache + buffers
+        if need > budget:
+            raise MemoryBudgetError(
+                f"ram is {_mib(budget)}, but this needs {_mib(need)}: weights {_mib(weight_bytes)}, a cache "
+                f"of {config.context} positions {_mib(cache)}, buffers {_mib(buffers)}, Python and kernels "
+                f"{_mib(BASE_BYTES + compiling)}{' (after `edgert warmup` less)' if compiling else ''}; "
+                f"give at least {_mib(need)}, or a smaller context"
+            )
+    return config
+
+
+def _positive(name: str, value: int | None, default: int, most: int) -> int:
+    if value is None:
+        return min(default, most)
+    if not isinstance(value, int) or not 0 < value <= most:
+        raise OptionError(f"{name} is {value!r}; expected 1 to {most}")
+    return value
+
+
+def _mib(count: int) -> str:
+    """Rounded up: who gives as much memory as a message asks for must have enough."""
+    return f"{-(-count // (1 << 20))} MiB"
