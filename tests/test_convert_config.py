@@ -1,0 +1,232 @@
+"""From config.json to a ModelSpec: both generations of transformers, four architectures, refusals."""
+
+from typing import Any
+
+import pytest
+
+from edgert.config import ModelSpec
+from edgert.converters.architectures import describe, source_name
+from edgert.converters.hf_config import HfConfig
+from edgert.errors import ConversionError, UnsupportedError
+from edgert.format import declared
+
+BASE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 4096,
+    "vocab_size": 1000,
+}
+
+
+def spec_of(model_type: str = "llama", generation: dict[str, Any] | None = None, **config: Any) -> ModelSpec:
+    values = HfConfig(BASE | {"model_type": model_type} | config, "config.json")
+    return describe(values, HfConfig(generation or {}, "generation_config.json")).spec
+
+
+def test_absent_and_null_fields_take_the_defaults_of_transformers() -> None:
+    nulls: dict[str, Any] = {"head_dim": None, "num_key_value_heads": None, "rms_norm_eps": None}
+    for absent in ({}, nulls):
+        spec = spec_of(**absent)
+        assert (spec.head_dim, spec.kv_heads, spec.norm_eps) == (8, 8, 1e-6)
+        assert (spec.activation, spec.tied_embeddings, spec.rope_theta) == ("silu", False, 10000.0)
+        assert (spec.bos_id, spec.eos_ids, spec.windows) == (None, (), ())
+
+
+def test_the_head_size_of_qwen3_does_not_follow_from_its_width() -> None:
+    assert spec_of("qwen3").head_dim == 128
+    assert spec_of("qwen3", head_dim=32).head_dim == 32
+
+
+LLAMA3 = {
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"rope_type": "llama3"}},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3 | {"type": "llama3"}},
+        {"rope_parameters": LLAMA3 | {"rope_type": "llama3", "rope_theta": 5e5}},
+        {"rope_theta": 5e5, "rope_parameters": LLAMA3 | {"rope_type": "llama3"}, "rope_scaling": None},
+    ],
+    ids=["4.x", "4.x, older", "5.x", "5.x, theta outside"],
+)
+def test_rope_is_read_from_every_generation_of_config(config: dict[str, Any]) -> None:
+    spec = spec_of(**config)
+    assert (spec.rope_scaling, spec.rope_theta, spec.context) == ("llama3", 5e5, 4096)
+
+
+def test_rope_without_scaling_needs_only_theta() -> None:
+    for config in ({"rope_theta": 1e6, "rope_scaling": None}, {"rope_parameters": {"rope_theta": 1e6}}):
+        spec = spec_of("qwen2", **config)
+        assert (spec.rope_scaling, spec.rope_theta, spec.rope_magnitude) == ("default", 1e6, 1.0)
+
+
+def test_a_longer_context_of_yarn_is_that_of_the_model() -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+    assert spec_of("qwen2", rope_scaling=yarn).context == 16384
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "biases"),
+    [
+        ("llama", {}, (False, False, False, False)),
+        ("llama", {"attention_bias": True}, (True, True, False, False)),
+        ("llama", {"mlp_bias": True}, (False, False, True, False)),
+        ("mistral", {}, (False, False, False, False)),
+        ("qwen2", {}, (True, False, False, False)),
+        ("qwen3", {}, (False, False, False, True)),
+        ("qwen3", {"attention_bias": True}, (True, True, False, True)),
+    ],
+)
+def test_biases_and_norms_are_those_of_the_architecture(
+    model_type: str, config: dict[str, Any], biases: tuple[bool, ...]
+) -> None:
+    spec = spec_of(model_type, **config)
+    assert (spec.qkv_bias, spec.output_bias, spec.ffn_bias, spec.qk_norm) == biases
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "windows"),
+    [
+        ("mistral", {"sliding_window": 1024}, (1024,) * 4),
+        ("mistral", {"sliding_window": None}, ()),
+        ("mistral", {}, ()),  # transformers' default, 4096, is the whole context here
+        ("mistral", {"max_position_embeddings": 8192}, (4096,) * 4),
+        ("qwen2", {"sliding_window": 1024}, ()),
+        (
+            "qwen2",
+            {"sliding_window": 1024, "use_sliding_window": True, "max_window_layers": 3},
+            (0, 0, 0, 1024),
+        ),
+        ("qwen2", {"sliding_window": 1024, "use_sliding_window": True, "max_window_layers": 0}, (1024,) * 4),
+        ("qwen3", {"sliding_window": None, "use_sliding_window": True, "max_window_layers": 0}, ()),
+        (
+            "qwen3",
+            {
+                "sliding_window": 512,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (512, 0, 512, 0),
+        ),
+        ("qwen3", {"layer_types": ["full_attention"] * 4}, ()),
+    ],
+)
+def test_windows_are_those_of_each_layer(
+    model_type: str, config: dict[str, Any], windows: tuple[int, ...]
+) -> None:
+    assert spec_of(model_type, **config).windows == windows
+
+
+@pytest.mark.parametrize(
+    "layer_types",
+    [["full_attention"] * 3, ["sliding_attention"] * 4, ["full_attention"] * 3 + ["linear_attention"]],
+)
+def test_layer_types_that_do_not_fit_are_refused(layer_types: list[str]) -> None:
+    with pytest.raises(UnsupportedError, match="found layer_types"):
+        spec_of("qwen3", layer_types=layer_types)
+
+
+@pytest.mark.parametrize(
+    ("found", "activation"),
+    [
+        ("silu", "silu"),
+        ("swish", "silu"),
+        ("relu", "relu"),
+        ("relu2", "relu2"),
+        ("gelu_pytorch_tanh", "gelu_tanh"),
+        ("gelu_new", "gelu_tanh"),
+    ],
+)
+def test_activations_go_by_several_names(found: str, activation: str) -> None:
+    assert spec_of(hidden_act=found).activation == activation
+
+
+def test_ends_of_text_come_from_both_files_without_repeats() -> None:
+    spec = spec_of(generation={"eos_token_id": [7, 5], "bos_token_id": 9}, eos_token_id=5)
+    assert (spec.eos_ids, spec.bos_id) == ((5, 7), 9)
+    assert spec_of(generation={"bos_token_id": 9}, bos_token_id=1).bos_id == 1
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"pretraining_tp": 2}),
+        ("llama", {"attn_logit_softcapping": 50.0}),
+        ("llama", {"partial_rotary_factor": 0.5}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}),
+        ("llama", {"embedding_multiplier": 12.0}),
+        ("llama", {"is_causal": False}),
+        ("llama", {"sliding_window": 1024}),
+        ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}),
+        ("mistral", {"attention_bias": True}),
+        ("mistral", {"sliding_window": 1024, "use_sliding_window": False}),
+        ("mistral", {"layer_types": ["full_attention"] * 4}),
+        ("qwen2", {"mlp_bias": True}),
+        ("qwen2", {"use_mrope": True}),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
+        ("qwen3_moe", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value), "moe"),
+)
+def test_what_changes_the_arithmetic_is_refused_not_ignored(model_type: str, config: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=r"found .*expected") as caught:
+        spec_of(model_type, **config)
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_that_change_nothing_are_accepted() -> None:
+    spec_of(
+        architectures=["LLaMAForCausalLM"],
+        attention_dropout=0.1,
+        pretraining_tp=1,
+        partial_rotary_factor=1.0,
+        torch_dtype="bfloat16",
+        use_cache=True,
+        pruned_heads={},
+        is_encoder_decoder=False,
+        quantization_config=None,
+        auto_map={"AutoTokenizer": "tokenization.Other"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_attention_heads": 0}, "found num_attention_heads 0, expected a whole number >= 1"),
+        ({"num_attention_heads": 8.0}, "found num_attention_heads 8.0"),
+        ({"vocab_size": True}, "found vocab_size True"),
+        ({"rms_norm_eps": float("nan")}, "found rms_norm_eps nan"),
+        ({"tie_word_embeddings": 1}, "found tie_word_embeddings 1, expected true or false"),
+        ({"eos_token_id": "2"}, "found eos_token_id '2'"),
+        ({"eos_token_id": -1}, "found eos_token_id -1"),
+        ({"head_dim": 7}, "head_dim is 7, expected an even number"),
+        ({"rope_scaling": [1]}, r"found rope_scaling \[1\], expected an object"),
+    ],
+)
+def test_damaged_fields_are_named(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        spec_of(**config)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_tensor_names_are_those_of_transformers(model_type: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    values = BASE | {"model_type": model_type, "head_dim": 8, "num_key_value_heads": 2}
+    config = transformers.AutoConfig.for_model(**values)
+    with torch.device("meta"):
+        oracle = transformers.AutoModelForCausalLM.from_config(config).state_dict()
+    spec = spec_of(model_type, head_dim=8, num_key_value_heads=2)
+    ours = {source_name(d.name): d.shape for d in declared(spec) if d.name != "rope_frequencies"}
+    assert ours == {name: tuple(tensor.shape) for name, tensor in oracle.items()}

@@ -1,0 +1,354 @@
+"""One damaged file per rule of docs/format.md; the error must name exactly that rule."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgert.config import ModelSpec
+from edgert.errors import ChecksumError, FormatError, ModelFileError, VersionError
+from edgert.format import ErtFile, ErtWriter, declared
+from edgert.format.header import MAX_HEADER
+from edgert.format.layout import PAGE
+from edgert.format.rules import Rule
+from edgert.format.validate import read_contents
+from edgert.format.verify import check, verify
+
+SPEC = ModelSpec("llama", 2, 8, 2, 1, 4, 16, 20, 64, 1e-5, eos_ids=(2,))
+Q, NORM = "layers.0.q", "output_norm"  # a matrix and a vector to damage
+
+
+def valid_bytes(folder: Path) -> bytes:
+    path = folder / "valid.ert"
+    quants = {decl.name: "q4" for decl in declared(SPEC) if decl.role == "matrix"}
+    with ErtWriter(path, SPEC, quants, b'{"a":1}', {"source": "test"}) as writer:
+        for name, tensor in writer.tensors.items():
+            if tensor.role != "bytes":
+                writer.write(
+                    name, bytes(range(1, 101)) * (tensor.nbytes // 100) + b"\7" * (tensor.nbytes % 100)
+                )
+        writer.finish()
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return valid_bytes(tmp_path_factory.mktemp("valid"))
+
+
+class Draft:
+    """A file taken apart, to be damaged and put together without a check."""
+
+    def __init__(self, blob: bytes) -> None:
+        end = 8 + int.from_bytes(blob[:8], "little")
+        self.entries: dict[str, Any] = json.loads(blob[8:end])
+        self.metadata: dict[str, Any] = self.entries.pop("__metadata__")
+        self.table: dict[str, Any] = json.loads(self.metadata["tensors"])
+        self.spec: dict[str, Any] = json.loads(self.metadata["spec"])
+        self.data = blob[end:]
+
+    def header(self) -> str:
+        own = {"spec": json.dumps(self.spec), "tensors": json.dumps(self.table)}
+        return json.dumps({"__metadata__": {**self.metadata, **own}, **self.entries})
+
+    def pack(self, header: str | bytes | None = None) -> bytes:
+        text = self.header() if header is None else header
+        raw = text.encode() if isinstance(text, str) else text
+        length = -(-(8 + len(raw)) // PAGE) * PAGE - 8
+        return length.to_bytes(8, "little") + raw.ljust(length) + self.data
+
+    def metadata_with(self, key: str, text: str) -> bytes:
+        """Packed with one metadata string replaced by text that need not be JSON."""
+        return self.pack(json.dumps({"__metadata__": {**self.metadata, key: text}, **self.entries}))
+
+    def move(self, name: str, begin: int) -> None:
+        length = self.entries[name]["shape"][0]
+        self.entries[name]["data_offsets"] = [begin, begin + length]
+
+
+Damage = Callable[[Draft], bytes | None]
+
+
+def edit(where: str, name: str, key: str, value: object) -> Damage:
+    """Set a field of one tensor in the `table` or the header's `entries`."""
+
+    def damage(draft: Draft) -> None:
+        getattr(draft, where)[name][key] = value
+
+    return damage
+
+
+def spec(**values: object) -> Damage:
+    return lambda draft: draft.spec.update(values)
+
+
+def drop(where: str, name: str) -> Damage:
+    def damage(draft: Draft) -> None:
+        del getattr(draft, where)[name]
+
+    return damage
+
+
+def text(change: Callable[[str], str | bytes]) -> Damage:
+    """Change the text of the header."""
+    return lambda draft: draft.pack(change(draft.header()))
+
+
+def metadata(key: str, value: str) -> Damage:
+    return lambda draft: draft.metadata_with(key, value)
+
+
+def with_length(length: int) -> Damage:
+    return lambda draft: length.to_bytes(8, "little") + draft.pack()[8:]
+
+
+def off_page_header(draft: Draft) -> bytes:
+    raw = draft.header().encode()
+    return len(raw).to_bytes(8, "little") + raw + draft.data
+
+
+def stranger(where: str, like: str) -> Damage:
+    return lambda draft: getattr(draft, where).update(stranger=getattr(draft, where)[like])
+
+
+def shift_all(draft: Draft) -> None:
+    for name in draft.entries:
+        draft.move(name, draft.entries[name]["data_offsets"][0] + PAGE)
+
+
+def hole(draft: Draft) -> None:
+    last = max(draft.entries, key=lambda name: draft.entries[name]["data_offsets"][0])
+    draft.move(last, draft.entries[last]["data_offsets"][0] + PAGE)
+
+
+def overlap(draft: Draft) -> None:
+    draft.move("layers.1.q", draft.entries[Q]["data_offsets"][0])
+
+
+def extra_page(draft: Draft) -> None:
+    begin, end = draft.entries[Q]["data_offsets"]
+    draft.entries[Q].update(shape=[end - begin + PAGE], data_offsets=[begin, end + PAGE])
+
+
+CASES: list[tuple[Rule, str, Damage]] = [
+    (Rule.FILE_SIZE, "seven-bytes", lambda draft: draft.pack()[:7]),
+    (Rule.HEADER_LENGTH, "cut-inside-the-header", lambda draft: draft.pack()[:1000]),
+    (Rule.HEADER_LENGTH, "zero", with_length(0)),
+    (Rule.HEADER_LENGTH, "over-the-limit", with_length(MAX_HEADER + 1)),
+    (Rule.HEADER_LENGTH, "all-ones", with_length(2**64 - 1)),
+    (
+        Rule.HEADER_UTF8,
+        "stray-byte",
+        text(lambda t: t.replace("llama", "ll\0ma").encode().replace(b"\0", b"\xff")),
+    ),
+    (Rule.HEADER_UTF8, "encoded-surrogate", text(lambda t: t.encode().replace(b"llama", b"\xed\xa0\x80"))),
+    (Rule.HEADER_FRAME, "leading-space", text(lambda t: " " + t)),
+    (Rule.HEADER_FRAME, "trailing-newline", text(lambda t: t + "\n")),
+    (Rule.HEADER_FRAME, "array", text(lambda t: "[" + t + "]")),
+    (Rule.JSON_DEPTH, "bomb", text(lambda t: t[:-1] + ',"x":' + "[" * 100000 + "]" * 100000 + "}")),
+    (Rule.JSON_DEPTH, "unclosed", text(lambda t: t[:-1] + ',"x":' + '{"\\\\":' * 9 + "}")),
+    (Rule.JSON_DEPTH, "in-the-table", metadata("tensors", '{"x":' + "[" * 9 + "]" * 9 + "}")),
+    (Rule.JSON_DEPTH, "in-the-spec", metadata("spec", '{"x":' + "[" * 9 + "]" * 9 + "}")),
+    (Rule.JSON_SYNTAX, "comma", text(lambda t: t[:-1] + ",}")),
+    (Rule.JSON_SYNTAX, "two-objects", text(lambda t: t + "{}")),
+    (Rule.JSON_SYNTAX, "control-character", text(lambda t: t.replace("llama", "ll\nma"))),
+    (Rule.JSON_SYNTAX, "table-is-a-list", metadata("tensors", "[]")),
+    (Rule.JSON_SYNTAX, "spec-is-empty", metadata("spec", "")),
+    (Rule.JSON_DUPLICATE, "tensor", text(lambda t: t[:-1] + ',"output":1}')),
+    (Rule.JSON_DUPLICATE, "escaped-alike", text(lambda t: t[:-1] + ',"outpu\\u0074":1}')),
+    (Rule.JSON_DUPLICATE, "inside-an-entry", text(lambda t: t.replace('"dtype"', '"dtype":"U8","dtype"'))),
+    (Rule.JSON_DUPLICATE, "in-the-spec", metadata("spec", '{"layers":1,"layers":2}')),
+    (Rule.JSON_NUMBER, "nan", spec(norm_eps=float("nan"))),
+    (Rule.JSON_NUMBER, "infinity", spec(rope_theta=float("inf"))),
+    (Rule.JSON_NUMBER, "overflows", metadata("spec", '{"norm_eps":1e999}')),
+    (Rule.JSON_NUMBER, "long-integer", metadata("spec", '{"layers":' + "9" * 100000 + "}")),
+    (Rule.METADATA_STRINGS, "number", lambda draft: draft.metadata.update(source=1)),
+    (Rule.METADATA_STRINGS, "not-an-object", text(lambda t: '{"__metadata__":[]}')),
+    (Rule.METADATA_STRINGS, "lone-surrogate", metadata("chat_template", "\ud800")),
+    (Rule.METADATA_KEYS, "no-version", drop("metadata", "format_version")),
+    (Rule.METADATA_KEYS, "no-table", text(lambda t: t.replace('"tensors": ', '"tensorz": '))),
+    (Rule.METADATA_KEYS, "no-spec", text(lambda t: t.replace('"spec": ', '"spek": '))),
+    (Rule.HEADER_PAGE, "unpadded", off_page_header),
+    (Rule.SPEC, "missing-field", drop("spec", "layers")),
+    (Rule.SPEC, "unknown-field", spec(experts=4)),
+    (Rule.SPEC, "negative", spec(layers=-1)),
+    (Rule.SPEC, "boolean-count", spec(heads=True)),
+    (Rule.SPEC, "architecture-is-a-list", spec(architecture=[])),
+    (Rule.SPEC, "ids-are-a-string", spec(eos_ids="12")),
+    (Rule.SPEC, "id-outside-the-vocabulary", spec(bos_id=20)),
+    (Rule.TABLE_ENTRY, "null", lambda draft: draft.table.update({Q: None})),
+    (Rule.TABLE_ENTRY, "field-absent", lambda draft: draft.table[Q].pop("sha256")),
+    (Rule.TABLE_ENTRY, "field-unknown", edit("table", Q, "zero_point", 8)),
+    (Rule.TABLE_ENTRY, "tokenizer-is-a-list", lambda draft: draft.table.update({"tokenizer.json": []})),
+    (Rule.TENSOR_MISSING, "in-the-table", drop("table", Q)),
+    (Rule.TENSOR_MISSING, "in-the-header", drop("entries", Q)),
+    (Rule.TENSOR_MISSING, "two-billion-layers", spec(layers=2**31 - 1)),
+    (Rule.TENSOR_MISSING, "spec-wants-biases", spec(ffn_bias=True)),
+    (Rule.TENSOR_UNKNOWN, "in-the-table", stranger("table", Q)),
+    (Rule.TENSOR_UNKNOWN, "in-the-header", stranger("entries", Q)),
+    (Rule.TENSOR_UNKNOWN, "spec-ties-the-output", spec(tied_embeddings=True)),
+    (Rule.TABLE_SHAPE, "transposed", edit("table", Q, "shape", [8, 9])),
+    (Rule.TABLE_SHAPE, "floats", edit("table", Q, "shape", [8.0, 8.0])),
+    (Rule.TABLE_SHAPE, "number", edit("table", Q, "shape", 8)),
+    (Rule.TABLE_SHAPE, "empty-tokenizer", edit("table", "tokenizer.json", "shape", [0])),
+    (Rule.TABLE_SHAPE, "spec-of-another-size", spec(width=9)),
+    (Rule.TABLE_QUANT, "unknown", edit("table", Q, "quant", "q5")),
+    (Rule.TABLE_QUANT, "list", edit("table", Q, "quant", [])),
+    (Rule.TABLE_QUANT, "quantised-vector", edit("table", NORM, "quant", "q8")),
+    (Rule.TABLE_LAYOUT, "unknown", edit("table", Q, "layout", "rows32")),
+    (Rule.TABLE_LAYOUT, "flat-matrix", edit("table", Q, "layout", "flat")),
+    (Rule.TABLE_BYTES, "one-less", edit("table", Q, "bytes", 287)),
+    (Rule.TABLE_BYTES, "float", edit("table", Q, "bytes", 288.0)),
+    (Rule.TABLE_BYTES, "other-quantisation", edit("table", Q, "quant", "f32")),
+    (Rule.TABLE_SHA256, "uppercase", edit("table", Q, "sha256", "A" * 64)),
+    (Rule.TABLE_SHA256, "short", edit("table", Q, "sha256", "a" * 63)),
+    (Rule.TABLE_SHA256, "trailing-newline", edit("table", Q, "sha256", "a" * 64 + "\n")),
+    (Rule.HEADER_ENTRY, "list", lambda draft: draft.entries.update({Q: []})),
+    (Rule.HEADER_ENTRY, "field-unknown", edit("entries", Q, "strides", [1])),
+    (Rule.DTYPE, "i8", edit("entries", Q, "dtype", "I8")),
+    (Rule.DTYPE, "null", edit("entries", Q, "dtype", None)),
+    (Rule.OFFSETS, "float", edit("entries", Q, "data_offsets", [0.0, 4096.0])),
+    (Rule.OFFSETS, "boolean", edit("entries", Q, "data_offsets", [False, 4096])),
+    (Rule.OFFSETS, "negative", edit("entries", Q, "data_offsets", [-4096, 0])),
+    (Rule.OFFSETS, "backwards", edit("entries", Q, "data_offsets", [8192, 4096])),
+    (Rule.OFFSETS, "three", edit("entries", Q, "data_offsets", [0, 4096, 8192])),
+    (Rule.STORED_SHAPE, "other-length", edit("entries", Q, "shape", [4095])),
+    (Rule.STORED_SHAPE, "two-axes", edit("entries", Q, "shape", [1, 4096])),
+    (Rule.STORED_SHAPE, "float", edit("entries", Q, "shape", [4096.0])),
+    (Rule.TENSOR_PAGE, "off-by-one", lambda draft: draft.move(Q, 4097)),
+    (Rule.STORED_LENGTH, "page-too-many", extra_page),
+    (Rule.DATA_START, "page-late", shift_all),
+    (Rule.DATA_HOLE, "before-the-last", hole),
+    (Rule.DATA_OVERLAP, "same-place", overlap),
+    (Rule.DATA_END, "cut", lambda draft: draft.pack()[:-1]),
+    (Rule.DATA_END, "bytes-behind", lambda draft: draft.pack() + bytes(PAGE)),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "damage"),
+    [pytest.param(rule, damage, id=f"{rule.name}-{label}") for rule, label, damage in CASES],
+)
+def test_a_damaged_file_breaks_exactly(rule: Rule, damage: Damage, valid: bytes, tmp_path: Path) -> None:
+    draft = Draft(valid)
+    blob = damage(draft)
+    path = tmp_path / "damaged.ert"
+    path.write_bytes(blob if isinstance(blob, bytes) else draft.pack())
+    with pytest.raises(FormatError) as caught:
+        ErtFile.open(path)
+    assert caught.value.rule == rule.value
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    assert len(message) < 600 + len(str(path))
+
+
+def test_every_rule_has_a_damaged_file() -> None:
+    assert {rule for rule, _, _ in CASES} == set(Rule)
+
+
+def test_every_rule_is_documented() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    documented = [line.split("**")[1] for line in page.splitlines() if line.startswith("- **F")]
+    assert documented == [rule.value for rule in Rule]
+
+
+def test_an_undamaged_draft_opens(valid: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "same.ert"
+    path.write_bytes(Draft(valid).pack())
+    with ErtFile.open(path) as file:
+        assert file.spec == SPEC
+
+
+def test_tensors_may_lie_in_any_order(valid: bytes, tmp_path: Path) -> None:
+    draft = Draft(valid)
+    first, second = draft.entries["output_norm"], draft.entries["layers.0.ffn_norm"]
+    first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
+    path = tmp_path / "swapped.ert"
+    path.write_bytes(draft.pack())
+    ErtFile.open(path).close()
+
+
+def test_unknown_metadata_is_kept(valid: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "more.ert"
+    path.write_bytes(Draft(valid).metadata_with("author", "näm\u2028e"))
+    with ErtFile.open(path) as file:
+        assert file.metadata == {"source": "test", "author": "näm\u2028e"}
+
+
+@pytest.mark.parametrize("version", ["2", "0", "1.0", "", "x" * 100000])
+def test_another_version_is_refused_with_both_numbers(version: str, valid: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "future.ert"
+    draft = Draft(valid)
+    draft.metadata["format_version"] = version
+    draft.entries["new"] = {"dtype": "F16"}  # a future format may break today's rules
+    path.write_bytes(draft.pack())
+    with pytest.raises(VersionError) as caught:
+        ErtFile.open(path)
+    assert repr(version)[:8] in str(caught.value)
+    assert "'1'" in str(caught.value)
+
+
+def survives(blob: bytes) -> None:
+    """Either a valid file or an error of ours; anything else is a bug."""
+    try:
+        contents = read_contents(blob, Path("fuzz.ert"))
+    except ModelFileError:
+        return
+    for tensor in contents.tensors.values():
+        assert tensor.offset > 0
+        assert tensor.offset + tensor.nbytes <= len(blob)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_random_bytes_in_the_header_never_crash(valid: bytes, data: st.DataObject) -> None:
+    blob = bytearray(valid)
+    used = 8 + len(blob[8 : 8 + int.from_bytes(blob[:8], "little")].rstrip())
+    places = st.tuples(st.integers(0, used - 1), st.integers(0, 255))
+    for place, value in data.draw(st.lists(places, min_size=1, max_size=4)):
+        blob[place] = value
+    survives(bytes(blob))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), JSON)
+def test_random_values_in_the_header_never_crash(valid: bytes, data: st.DataObject, value: object) -> None:
+    draft = Draft(valid)
+    parts = (draft.entries, draft.table, draft.spec, draft.metadata, draft.entries[Q], draft.table[Q])
+    part = data.draw(st.sampled_from(parts))
+    part[data.draw(st.sampled_from(sorted(part)))] = value
+    survives(draft.pack())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=200), st.booleans())
+def test_random_files_never_crash(blob: bytes, framed: bool) -> None:
+    survives(len(blob).to_bytes(8, "little") + blob if framed else blob)
+
+
+def test_one_flipped_bit_is_found_by_its_checksum(valid: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "flipped.ert"
+    path.write_bytes(valid)
+    check(path)
+    with ErtFile.open(path) as file:
+        places = [file.tensors[Q].offset, file.tensors[NORM].offset + PAGE - 1]  # data, padding
+    blob = bytearray(valid)
+    for place in places:
+        blob[place] ^= 1
+    path.write_bytes(blob)
+    with ErtFile.open(path) as file:
+        assert [name for name, good in verify(file) if not good] == [Q, NORM]
+    with pytest.raises(ChecksumError, match=rf"{Q} \(2 of 23 tensors damaged\)"):
+        check(path)

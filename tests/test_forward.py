@@ -1,0 +1,428 @@
+"""The one forward path: however rows are grouped, whoever computes them, the bits are the same."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgert.config import EngineConfig, KvType, ModelSpec
+from edgert.errors import ContextLengthError, UsageError
+from edgert.model.forward import Forward
+from edgert.state import MAX_OUTPUTS, Weights
+from tests import kernel_inputs as inputs
+
+CONTEXT = 80
+CHUNK = 64
+
+# Without the JIT a row takes milliseconds: short texts, few models, few examples.
+TWINS: bool = numba.config.DISABLE_JIT
+LENGTH = 23 if TWINS else 60
+few = settings(deadline=None, max_examples=2 if TWINS else 12, derandomize=True)
+
+# The query heads that share a key head are 4, 5, 3, 7 and 1: attention takes them in fours, twos and ones.
+GQA = ModelSpec("llama", 2, 64, 8, 2, 16, 96, 96, CONTEXT, 1e-5)
+# Sizes that fill no block, one head of keys, the embedding as output.
+MQA_ODD = ModelSpec("mistral", 2, 40, 5, 1, 24, 172, 99, CONTEXT, 1e-5, "relu2", tied_embeddings=True)
+# Every bias, norms of heads, and windows: shorter than a block, none, and longer.
+RICH = ModelSpec(
+    "qwen3", 3, 48, 6, 2, 12, 80, 67, CONTEXT, 1e-6, "gelu_tanh", False, True, True, True, True, (5, 0, 20)
+)
+SMALL_HEADS = ModelSpec("llama", 2, 32, 7, 1, 2, 33, 50, CONTEXT, 1e-5, "relu", windows=(1, 3))
+MHA = ModelSpec("qwen2", 2, 48, 4, 4, 12, 64, 70, CONTEXT, 1e-6, qkv_bias=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    spec: ModelSpec
+    quant: str  # of all matrices; "mixed" takes turns
+    kv: KvType
+
+
+CASES = {
+    "gqa-q4-f16": Case(GQA, "q4", "f16"),
+    "rich-q8-q8": Case(RICH, "q8", "q8"),
+    "odd-f32-f16": Case(MQA_ODD, "f32", "f16"),
+    "rich-f16-f16": Case(RICH, "f16", "f16"),
+    "odd-mixed-q8": Case(MQA_ODD, "mixed", "q8"),
+    "small-mixed-f16": Case(SMALL_HEADS, "mixed", "f16"),
+    "gqa-q8-q8": Case(GQA, "q8", "q8"),
+    "rich-q4-q8": Case(RICH, "q4", "q8"),
+    "mha-q8-f16": Case(MHA, "q8", "f16"),
+    "gqa-f32-f16": Case(GQA, "f32", "f16"),
+    "rich-f32-f16": Case(RICH, "f32", "f16"),
+    "small-f32-f16": Case(SMALL_HEADS, "f32", "f16"),
+}
+EVERY = pytest.mark.parametrize("name", ["rich-q4-q8", "odd-mixed-q8"] if TWINS else list(CASES))
+TWO = pytest.mark.parametrize("name", ["rich-q8-q8"] if TWINS else ["gqa-q4-f16", "rich-q8-q8"])
+
+
+@cache
+def weights(name: str) -> Weights:
+    case = CASES[name]
+    takes_turns = ("q4", "f16", "q8", "f32")
+
+    def quant_of(tensor: str) -> str:
+        return case.quant if case.quant != "mixed" else takes_turns[sum(tensor.encode()) % 4]
+
+    return inputs.tiny_weights(case.spec, quant_of, name)
+
+
+@contextmanager
+def forward(name: str, threads: int = 1, chunk: int = CHUNK) -> Iterator[Forward]:
+    made = Forward(weights(name), EngineConfig(threads, CONTEXT, chunk, CASES[name].kv))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def tokens_of(name: str, seed: int, count: int) -> list[int]:
+    return [int(t) for t in inputs.whole((seed, "tokens"), 0, CASES[name].spec.vocab - 1, count)]
+
+
+def feed(model: Forward, tokens: Sequence[int], pieces: Sequence[int]) -> inputs.F32:
+    """Logits after every token, run in pieces of these sizes."""
+    rows, at = [], 0
+    for size in pieces:
+        rows.append(model.run(tokens[at : at + size], outputs=range(size)).copy())
+        at += size
+    assert at == len(tokens)
+    return np.concatenate(rows)
+
+
+@cache
+def plain(name: str, seed: int, count: int) -> tuple[inputs.F32, inputs.U8]:
+    """Logits of the plainest way, one token at a time by one thread; and the cache after it."""
+    with forward(name, chunk=1) as model:
+        return feed(model, tokens_of(name, seed, count), [1] * count), model.cache.data.copy()
+
+
+@st.composite
+def cuts(draw: st.DrawFn, count: int) -> list[int]:
+    pieces: list[int] = []
+    while sum(pieces) < count:
+        pieces.append(draw(st.integers(1, min(CHUNK, count - sum(pieces)))))
+    return pieces
+
+
+# ---- (i) chunks ------------------------------------------------------------------------------
+
+
+@EVERY
+@few
+@given(data=st.data())
+def test_chunks_of_any_size_give_the_same_bits(name: str, data: st.DataObject) -> None:
+    expected, cached = plain(name, 1, LENGTH)
+    tokens = tokens_of(name, 1, LENGTH)
+    pieces = data.draw(st.just([LENGTH]) | cuts(LENGTH))
+    with forward(name) as model:
+        inputs.same(feed(model, tokens, pieces), expected)
+        inputs.same(model.cache.data, cached)
+
+
+@EVERY
+def test_only_the_wanted_rows_are_given_in_their_order(name: str) -> None:
+    expected, _ = plain(name, 1, LENGTH)
+    wanted = [LENGTH - 1, 3, 17, 3]
+    with forward(name) as model:
+        inputs.same(model.run(tokens_of(name, 1, LENGTH), outputs=wanted).copy(), expected[wanted])
+        hidden = model.run(tokens_of(name, 2, 2))
+        assert hidden.shape == (2, CASES[name].spec.width)
+
+
+# ---- (ii) threads ----------------------------------------------------------------------------
+
+
+@pytest.mark.compiled
+@EVERY
+@pytest.mark.parametrize("threads", [2, 3])
+def test_any_number_of_threads_gives_the_same_bits(name: str, threads: int) -> None:
+    expected, cached = plain(name, 1, 60)
+    for pieces in ([60], [1] * 12 + [48], [17, 2, 41]):
+        with forward(name, threads) as model:
+            inputs.same(feed(model, tokens_of(name, 1, 60), pieces), expected)
+            inputs.same(model.cache.data, cached)
+
+
+# ---- (iii) token trees -----------------------------------------------------------------------
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> list[int]:
+    """Parents of up to 14 rows: chains, brooms and bushes."""
+    count = draw(st.integers(1, 14))
+    recent = draw(st.sampled_from([1, 2, 99]))  # 1: one chain
+    return [draw(st.integers(max(-1, row - recent), row - 1)) for row in range(count)]
+
+
+def path_to(parents: list[int], row: int) -> list[int]:
+    path = [row]
+    while parents[path[0]] >= 0:
+        path.insert(0, parents[path[0]])
+    return path
+
+
+@EVERY
+@few
+@given(data=st.data())
+def test_a_token_tree_equals_plain_decoding_of_each_path(name: str, data: st.DataObject) -> None:
+    parents, seed = data.draw(trees()), data.draw(st.integers(0, 99))
+    prompt = tokens_of(name, seed, data.draw(st.integers(0, LENGTH - 20)))
+    tokens = tokens_of(name, seed + 1000, len(parents))
+    after = tokens_of(name, seed + 2000, 5)
+    leaves = [row for row in range(len(parents)) if row not in parents]
+    accepted = data.draw(st.sampled_from([path_to(parents, row) for row in range(len(parents))] + [[]]))
+    with forward(name) as tree, forward(name) as line:
+        for model in (tree, line):
+            if prompt:
+                model.run(prompt)
+        found = tree.run(tokens, parents=parents, outputs=range(len(parents))).copy()
+        assert tree.cache.length == len(prompt)
+        for leaf in leaves:
+            path = path_to(parents, leaf)
+            inputs.same(found[path], feed(line, [tokens[row] for row in path], [1] * len(path)))
+            line.cache.rewind(len(prompt))
+        tree.cache.keep([len(prompt) + row for row in accepted])
+        assert tree.cache.length == len(prompt) + len(accepted)
+        if accepted:
+            feed(line, [tokens[row] for row in accepted], [1] * len(accepted))
+        inputs.same(feed(tree, after, [2, 3]), feed(line, after, [1] * 5))
+
+
+@TWO
+def test_a_tree_may_follow_a_tree(name: str) -> None:
+    """Each over the slots of the one before: a draft that was refused is forgotten."""
+    tokens = tokens_of(name, 5, 33)
+    with forward(name) as tree, forward(name) as line:
+        tree.run(tokens[:13])
+        tree.run([1] * 9, parents=[-1, 0, 1, 2, 0, 4, 4, -1, 7])
+        found = tree.run(tokens[13:17], parents=[-1, -1, 0, 2], outputs=[3]).copy()
+        line.run(tokens[:13])
+        inputs.same(found, line.run([tokens[13], tokens[15], tokens[16]], outputs=[2]).copy())
+
+
+@TWO
+def test_the_deepest_tree_is_a_sequence(name: str) -> None:
+    tokens = tokens_of(name, 6, MAX_OUTPUTS)
+    chain = list(range(-1, MAX_OUTPUTS - 1))
+    with forward(name) as tree, forward(name) as line:
+        found = tree.run(tokens, parents=chain, outputs=range(MAX_OUTPUTS)).copy()
+        inputs.same(found, feed(line, tokens, [MAX_OUTPUTS]))
+
+
+@pytest.mark.compiled
+@TWO
+def test_threads_do_not_change_a_tree(name: str) -> None:
+    parents = [-1, 0, 0, 1, 1, 2, -1, 6, 7, 3, 9, 10]
+    tokens = tokens_of(name, 7, len(parents))
+    results = []
+    for threads in (1, 3):
+        with forward(name, threads) as model:
+            model.run(tokens_of(name, 8, 21))
+            results.append(model.run(tokens, parents=parents, outputs=range(len(parents))).copy())
+    inputs.same(*results)
+
+
+# ---- (iv) rewinding --------------------------------------------------------------------------
+
+
+@EVERY
+@few
+@given(seed=st.integers(0, 99), kept=st.integers(0, LENGTH - 20), lost=st.integers(0, 30))
+def test_what_is_rewound_is_forgotten(name: str, seed: int, kept: int, lost: int) -> None:
+    start, other, after = (tokens_of(name, seed + n, c) for n, c in ((0, kept), (1, lost), (2, 9)))
+    with forward(name) as model, forward(name) as fresh:
+        for part in (start, other):
+            if part:
+                model.run(part)
+        model.cache.rewind(kept)
+        found = feed(model, after, [4, 5])
+        if start:
+            fresh.run(start)
+        inputs.same(found, feed(fresh, after, [9]))
+
+
+def test_rewinding_forward_is_refused() -> None:
+    with forward("gqa-q4-f16") as model:
+        model.run([1, 2])
+        for length in (-1, 3):
+            with pytest.raises(ValueError, match="cannot rewind"):
+                model.cache.rewind(length)
+
+
+# ---- (v) layer ranges ------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("cut", [0, 1, 99])
+def test_two_halves_are_the_whole(name: str, cut: int) -> None:
+    """An edge with the lower layers, token by token, and a cloud with the rest, in a batch."""
+    layers = CASES[name].spec.layers
+    cut = min(cut, layers)
+    expected, cached = plain(name, 1, LENGTH)
+    tokens = tokens_of(name, 1, LENGTH)
+    with forward(name) as edge, forward(name) as cloud:
+        at, rows = 0, []
+        for size in (7, 1, 1, LENGTH - 9):
+            part = tokens[at : at + size]
+            at += size
+            hidden = [edge.run([token], layers=(0, cut)).copy() for token in part]
+            rows.append(
+                cloud.run(
+                    part, layers=(cut, layers), hidden=np.concatenate(hidden), outputs=range(size)
+                ).copy()
+            )
+        inputs.same(np.concatenate(rows), expected)
+        border = edge.cache.layer(cut)
+        inputs.same(edge.cache.data[:border], cached[:border])
+        inputs.same(cloud.cache.data[border:], cached[border:])
+        assert not edge.cache.data[border:].any()
+        assert not cloud.cache.data[:border].any()
+        assert edge.cache.length == cloud.cache.length == LENGTH
+
+
+@TWO
+def test_a_tree_may_be_cut_between_layers(name: str) -> None:
+    parents = [-1, 0, 0, 1, -1, 4, 2]
+    tokens, prompt = tokens_of(name, 9, 7), tokens_of(name, 10, 18)
+    layers = CASES[name].spec.layers
+    with forward(name) as whole, forward(name) as edge, forward(name) as cloud:
+        whole.run(prompt)
+        cloud.run(prompt, layers=(1, layers), hidden=edge.run(prompt, layers=(0, 1)))
+        hidden = edge.run(tokens, parents=parents, layers=(0, 1))
+        found = cloud.run(tokens, parents=parents, layers=(1, layers), hidden=hidden, outputs=range(7))
+        inputs.same(found.copy(), whole.run(tokens, parents=parents, outputs=range(7)).copy())
+
+
+# ---- limits ----------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
+    with forward("gqa-q4-f16", chunk=8) as model:
+        model.run([1, 2, 3])
+        with pytest.raises(UsageError, match="9 rows in one forward, expected 1 to 8"):
+            model.run([1] * 9)
+        with pytest.raises(UsageError, match="0 rows"):
+            model.run([])
+        with pytest.raises(UsageError, match="65 rows of logits"):
+            model.run([1], outputs=[0] * 65)
+        for parents in ([0], [-2], [-1, 1]):
+            with pytest.raises(UsageError, match="of a tree has parent"):
+                model.run([1] * len(parents), parents=parents)
+        for _ in range(9):
+            model.run([1] * 8)
+        model.run([1] * 5)
+        assert model.cache.length == CONTEXT
+        with pytest.raises(ContextLengthError, match="81 tokens do not fit in a context of 80"):
+            model.run([1])
+        assert model.cache.length == CONTEXT
+
+
+# ---- (vi) against a model written by hand ----------------------------------------------------
+
+
+class ByHand:
+    """The Llama block in float64, from the paper and the meaning of the spec's fields."""
+
+    def __init__(self, name: str) -> None:
+        self.weights, self.spec = weights(name), CASES[name].spec
+
+    def matrix(self, name: str) -> inputs.F64:
+        tensor = self.weights.tensors[name]
+        rows, columns = tensor.shape
+        groups = -(-columns // 32)
+        return inputs.stored_matrix(tensor.quant, self.weights.data, tensor.offset, groups, rows, columns)
+
+    def vector(self, name: str) -> inputs.F64:
+        tensor = self.weights.tensors[name]
+        return np.frombuffer(
+            self.weights.data[tensor.offset : tensor.offset + tensor.nbytes].tobytes(), "<f4"
+        ).astype(np.float64)
+
+    def linear(self, name: str, x: inputs.F64) -> inputs.F64:
+        y = x @ self.matrix(name).T
+        bias = f"{name}_bias"
+        return y + self.vector(bias) if bias in self.weights.tensors else y
+
+    def norm(self, gain: str, x: inputs.F64) -> inputs.F64:
+        mean = (x * x).mean(axis=-1, keepdims=True)
+        return x / np.sqrt(mean + self.spec.norm_eps) * self.vector(gain)
+
+    def rotate(self, x: inputs.F64) -> inputs.F64:
+        """x [T, heads, d]: the pair (i, i + d/2) turned by position * frequency[i]."""
+        half = self.spec.head_dim // 2
+        angle = np.arange(len(x))[:, None, None] * self.vector("rope_frequencies")
+        turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    def activate(self, x: inputs.F64) -> inputs.F64:
+        positive = np.maximum(x, 0)
+        return {
+            "silu": lambda: x / (1 + np.exp(-x)),
+            "relu": lambda: positive,
+            "relu2": lambda: positive**2,
+            "gelu_tanh": lambda: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        }[self.spec.activation]()
+
+    def attention(self, layer: int, x: inputs.F64) -> inputs.F64:
+        spec, name, count = self.spec, f"layers.{layer}", len(x)
+        q = self.linear(f"{name}.q", x).reshape(count, spec.heads, spec.head_dim)
+        k = self.linear(f"{name}.k", x).reshape(count, spec.kv_heads, spec.head_dim)
+        v = self.linear(f"{name}.v", x).reshape(count, spec.kv_heads, spec.head_dim)
+        if spec.qk_norm:
+            q, k = self.norm(f"{name}.q_norm", q), self.norm(f"{name}.k_norm", k)
+        # The cache holds float16.
+        q, k = self.rotate(q), self.rotate(k).astype(np.float16).astype(np.float64)
+        v = v.astype(np.float16).astype(np.float64)
+        out = np.zeros_like(q)
+        window = spec.windows[layer] if spec.windows else 0
+        for t in range(count):
+            start = max(0, t + 1 - window) if window else 0
+            for h in range(spec.heads):
+                shared = h * spec.kv_heads // spec.heads
+                scores = k[start : t + 1, shared] @ q[t, h] / math.sqrt(spec.head_dim)
+                p = np.exp(scores - scores.max())
+                out[t, h] = p @ v[start : t + 1, shared] / p.sum()
+        return self.linear(f"{name}.o", out.reshape(count, -1))
+
+    def logits(self, tokens: list[int]) -> inputs.F64:
+        x = self.matrix("token_embedding")[tokens]
+        for layer in range(self.spec.layers):
+            name = f"layers.{layer}"
+            x = x + self.attention(layer, self.norm(f"{name}.attention_norm", x))
+            normed = self.norm(f"{name}.ffn_norm", x)
+            gate = self.activate(self.linear(f"{name}.gate", normed))
+            x = x + self.linear(f"{name}.down", gate * self.linear(f"{name}.up", normed))
+        output = "token_embedding" if self.spec.tied_embeddings else "output"
+        return self.norm("output_norm", x) @ self.matrix(output).T
+
+
+@pytest.mark.parametrize(
+    "name", ["gqa-f32-f16", "odd-f32-f16", "rich-f32-f16", "small-f32-f16", "rich-f16-f16"]
+)
+def test_logits_are_those_of_a_model_written_by_hand(name: str) -> None:
+    tokens = tokens_of(name, 3, LENGTH)
+    expected = ByHand(name).logits(tokens)
+    with forward(name) as model:
+        found = feed(model, tokens, [LENGTH - 7, 7])
+    assert np.abs(expected).max() > 0.1  # not a model that says nothing
+    assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+def test_the_tiny_models_are_not_degenerate() -> None:
+    """Logits differ between tokens and depend on the first token: attention looks back."""
+    for name in ("gqa-q4-f16", "odd-f32-f16"):
+        tokens = tokens_of(name, 1, 12)
+        with forward(name) as model:
+            first = feed(model, tokens, [12])
+            model.cache.rewind(0)
+            second = feed(model, [(tokens[0] + 1) % 90, *tokens[1:]], [12])
+        assert np.abs(first[-1] - second[-1]).max() > 1e-4
+        assert np.ptp(first[-1]) > 0.1

@@ -1,0 +1,352 @@
+"""Softmax, the cache of keys and values, and attention over it."""
+
+import math
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgert.kernels import attention, kv, softmax
+from edgert.kernels.reference import attention as attention_twin
+from edgert.kernels.reference import kv as kv_twin
+from edgert.kernels.reference import softmax as softmax_twin
+from tests import kernel_inputs as inputs
+
+F16, Q8 = 0, 1
+STALE = np.float32(3e38)
+"""What lies in unused places of a scratch array: anything finite, so the worst of that."""
+KINDS = pytest.mark.parametrize("kind", [F16, Q8], ids=["f16", "q8"])
+
+# ---- softmax ---------------------------------------------------------------------------------
+
+
+@st.composite
+def softmax_cases(draw: st.DrawFn) -> list[Any]:
+    """Scores first..last-1, with stale numbers around them."""
+    first = draw(st.integers(0, 70))
+    last = first + draw(st.integers(1, 70))
+    seed, at = draw(inputs.seeds), draw(st.integers(0, 5))
+    s = np.full(at + 150 + 16, STALE)
+    flavour, large = draw(inputs.flavours), draw(st.sampled_from([30.0, 1e6, 1e30]))
+    s[at + first : at + last] = inputs.floats(seed, flavour, last - first, large=large)
+    return [s, at, first, last]
+
+
+@pytest.mark.compiled
+@inputs.some
+@given(softmax_cases())
+def test_compiled_softmax_equals_its_twin(case: list[Any]) -> None:
+    inputs.agree(softmax.softmax, softmax_twin.softmax, *case)
+
+
+@inputs.some
+@given(softmax_cases())
+def test_softmax_is_close_to_exact(case: list[Any]) -> None:
+    """exp to 3e-7 and its argument to one rounding; what is below e**-87 may be e**-87."""
+    s, at, first, last = case
+    before = s.copy()
+    total = softmax.softmax(*case)
+    scores = before[at + first : at + last].astype(np.float64)
+    differences = scores - scores.max()
+    expected = np.exp(differences)
+    slack = expected * (3e-7 + np.minimum(-differences, 90) * 2.0**-23) + 2e-38
+    assert (np.abs(s[at + first : at + last] - expected) <= slack).all()
+    assert math.isclose(total, math.fsum(expected), rel_tol=2e-5)
+    begin, end = first // 16 * 16, -(-last // 16) * 16
+    assert not s[at + begin : at + first].any()
+    assert not s[at + last : at + end].any()
+    before[at + begin : at + end] = s[at + begin : at + end]
+    inputs.same(s, before)
+
+
+# ---- the cache, by hand ----------------------------------------------------------------------
+
+
+def key_byte(kind: int, region: int, d: int, slot: int, i: int) -> int:
+    return region + ((slot // 16 * d + i) * 16 + slot % 16) * (2 if kind == F16 else 1)
+
+
+def value_byte(kind: int, region: int, capacity: int, d: int, slot: int, i: int) -> int:
+    size = 2 if kind == F16 else 1
+    return region + capacity * d * size + ((i // 16 * capacity + slot) * 16 + i % 16) * size
+
+
+def scale_byte(region: int, capacity: int, d: int, slot: int, part: int) -> int:
+    wide = -(-d // 16) * 16
+    return region + capacity * (d + wide) + (part * capacity + slot) * 4
+
+
+def read_key(kind: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int) -> inputs.F64:
+    if kind == F16:
+        return np.array(
+            [struct.unpack_from("<e", cache, key_byte(kind, region, d, slot, i))[0] for i in range(d)]
+        )
+    scale = struct.unpack_from("<f", cache, scale_byte(region, capacity, d, slot, 0))[0]
+    return scale * np.array(
+        [struct.unpack_from("<b", cache, key_byte(kind, region, d, slot, i))[0] for i in range(d)]
+    )
+
+
+def read_value(kind: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int) -> inputs.F64:
+    places = [value_byte(kind, region, capacity, d, slot, i) for i in range(d)]
+    if kind == F16:
+        return np.array([struct.unpack_from("<e", cache, place)[0] for place in places])
+    scale = struct.unpack_from("<f", cache, scale_byte(region, capacity, d, slot, 1))[0]
+    return scale * np.array([struct.unpack_from("<b", cache, place)[0] for place in places])
+
+
+def region_size(kind: int, capacity: int, d: int) -> int:
+    numbers = capacity * (d + -(-d // 16) * 16)
+    return numbers * 2 if kind == F16 else numbers + capacity * 8
+
+
+sizes = st.tuples(st.integers(1, 4), st.integers(1, 40).map(lambda half: 2 * half))
+
+
+@KINDS
+@given(sizes)
+@inputs.few
+def test_regions_have_the_size_of_their_layout(kind: int, size: tuple[int, int]) -> None:
+    capacity, d = size[0] * 16, size[1]
+    assert kv.region_bytes(kind, capacity, d) == region_size(kind, capacity, d)
+
+
+@st.composite
+def store_cases(draw: st.DrawFn) -> list[Any]:
+    """Arguments of store_f16 and store_q8; magnitudes that float16 holds."""
+    blocks, d = draw(sizes)
+    capacity, region = blocks * 16, 2 * draw(st.integers(0, 20))
+    seed, slot = draw(inputs.seeds), draw(st.integers(0, capacity - 1))
+    cache = inputs.raw((seed, "kv"), region + region_size(F16, capacity, d) + 8)
+    x = inputs.floats((seed, "x"), draw(inputs.flavours), 2 * d + 20, large=6e4)
+    return [cache, region, capacity, slot, d, x, draw(st.integers(0, 9)), d + 11]
+
+
+@pytest.mark.compiled
+@KINDS
+@inputs.some
+@given(case=store_cases())
+def test_compiled_stores_equal_their_twins(kind: int, case: list[Any]) -> None:
+    if kind == F16:
+        inputs.agree(kv.store_f16, kv_twin.store_f16, *case)
+    else:
+        inputs.agree(kv.store_q8, kv_twin.store_q8, *case)
+
+
+@KINDS
+@inputs.some
+@given(case=store_cases())
+def test_stores_write_one_position_and_nothing_else(kind: int, case: list[Any]) -> None:
+    cache, region, capacity, slot, d, x, key_at, value_at = case
+    before = cache.copy()
+    (kv.store_f16 if kind == F16 else kv.store_q8)(*case)
+    size = 2 if kind == F16 else 1
+    touched = {
+        place + b
+        for i in range(d)
+        for place in (key_byte(kind, region, d, slot, i), value_byte(kind, region, capacity, d, slot, i))
+        for b in range(size)
+    }
+    if kind == Q8:
+        touched |= {scale_byte(region, capacity, d, slot, part) + b for part in (0, 1) for b in range(4)}
+    others = np.ones(cache.size, bool)
+    others[list(touched)] = False
+    np.testing.assert_array_equal(cache[others], before[others])
+    for read, at in ((read_key, key_at), (read_value, value_at)):
+        row, found = x[at : at + d].astype(np.float64), read(kind, cache, region, capacity, d, slot)
+        if kind == F16:
+            np.testing.assert_array_equal(found, row.astype(np.float16).astype(np.float64))
+        else:
+            largest = np.abs(row).max()
+            assert (np.abs(found - row) <= largest * (0.5 / 127 + 2e-6) + 1e-30).all()
+
+
+@st.composite
+def move_cases(draw: st.DrawFn) -> list[Any]:
+    blocks, d = draw(sizes)
+    capacity, region, seed = blocks * 16, 2 * draw(st.integers(0, 20)), draw(inputs.seeds)
+    slots = st.integers(0, capacity - 1)
+    cache = inputs.raw(seed, region + region_size(F16, capacity, d) + 8)
+    cache[1::2] &= 0x3B  # no NaN among the floats: views of it may be copied
+    return [cache, region, capacity, d, draw(slots), draw(slots)]
+
+
+@pytest.mark.compiled
+@KINDS
+@inputs.some
+@given(case=move_cases())
+def test_compiled_moves_equal_their_twins(kind: int, case: list[Any]) -> None:
+    inputs.agree(kv.move, kv_twin.move, kind, *case)
+
+
+@KINDS
+@inputs.some
+@given(case=move_cases())
+def test_moves_copy_one_position(kind: int, case: list[Any]) -> None:
+    cache, region, capacity, d, source, target = case
+    before = cache.copy()
+    kv.move(kind, *case)
+    end = region + region_size(kind, capacity, d)
+    for slot in range(capacity):
+        origin = source if slot == target else slot
+        for read in (read_key, read_value):
+            found = read(kind, cache, region, capacity, d, slot)
+            np.testing.assert_array_equal(found, read(kind, before, region, capacity, d, origin))
+    np.testing.assert_array_equal(cache[:region], before[:region])
+    np.testing.assert_array_equal(cache[end:], before[end:])
+
+
+# ---- attention -------------------------------------------------------------------------------
+
+
+@st.composite
+def attention_cases(draw: st.DrawFn, kind: int, calm: bool = False) -> dict[str, Any]:
+    """Arguments of attention by name; slots that are not visible hold NaN where they may.
+
+    The rows before `first` in its block of 16 are read with weight 0, so they have to be finite: in
+    a cache they always are, because they were computed.
+    """
+    blocks, d = draw(st.integers(1, 5)), draw(st.integers(1, 40)) * 2
+    capacity, region = blocks * 16, 2 * draw(st.integers(0, 20))
+    last = draw(st.integers(1, capacity))
+    first = draw(st.integers(0, last - 1) | st.just(0))
+    base = draw(st.just(last) | st.integers(0, last))
+    # A branch: positions base.. lie in ascending slots from base on.
+    free = list(range(base, capacity))
+    count = last - base
+    chosen = sorted(draw(st.permutations(free))[:count]) if count else []
+    path_at = draw(st.integers(0, 3))
+    path = np.full(path_at + 64 + capacity, -(2**40), np.int64)
+    path[path_at : path_at + count] = chosen
+    seed, flavour = draw(inputs.seeds), "plain" if calm else draw(inputs.flavours)
+    cache = np.full(region + region_size(kind, capacity, d) + 2, 0xFF, np.uint8)  # NaN as f16 and f32
+    needed = set(range(first // 16 * 16, min(last, base))) | set(chosen)
+    for slot in needed:
+        _fill(kind, cache, region, capacity, d, slot, (seed, slot), flavour)
+    q_at, s_at = draw(st.integers(0, 5)), draw(st.integers(0, 5))
+    heads = draw(st.sampled_from([1, 2, 4]))
+    q = inputs.floats((seed, "q"), flavour, q_at + heads * d, large=1e3)
+    wide = -(-d // 16) * 16
+    s = np.full(s_at + heads * (capacity + wide) + 12, STALE)
+    return {
+        "kind": kind,
+        "heads": heads,
+        "kv": cache,
+        "region": region,
+        "capacity": capacity,
+        "d": d,
+        "q": q,
+        "q_at": q_at,
+        "scale": np.float32(d**-0.5),
+        "first": first,
+        "last": last,
+        "base": base,
+        "path": path,
+        "path_at": path_at,
+        "s": s,
+        "s_at": s_at,
+        "out_at": s_at + heads * capacity + 3,
+    }
+
+
+def outputs_of(case: dict[str, Any]) -> inputs.F32:
+    """The outputs [heads, d] in the scratch array, their padding checked."""
+    d, heads = case["d"], case["heads"]
+    out = case["s"][case["out_at"] :][: heads * -(-d // 16) * 16].reshape(heads, -1)
+    assert not out[:, d:].any()
+    return out[:, :d].copy()
+
+
+def untouched(case: dict[str, Any]) -> inputs.F32:
+    """The scratch array without outputs and the sums behind them."""
+    end = case["out_at"] + case["heads"] * (-(-case["d"] // 16) * 16 + 1)
+    return np.concatenate([case["s"][: case["out_at"]], case["s"][end:]])
+
+
+def _fill(
+    kind: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int, label: Any, flavour: str
+) -> None:
+    """A random key and value into a slot, padding included, by hand."""
+    wide = -(-d // 16) * 16
+    if kind == F16:
+        key, value = (inputs.floats((label, n), flavour, wide, large=6e4).astype("<f2") for n in "kv")
+    else:
+        key, value = (inputs.whole((label, n), -127, 127, wide).astype(np.int8) for n in "kv")
+        scales = np.abs(inputs.floats((label, "s"), flavour, 2, large=1e3)) / np.float32(127)
+        for part in (0, 1):
+            struct.pack_into("<f", cache, scale_byte(region, capacity, d, slot, part), scales[part])
+    size = key.itemsize
+    for i in range(wide):
+        if i < d:
+            at = key_byte(kind, region, d, slot, i)
+            cache[at : at + size] = np.frombuffer(key[i].tobytes(), np.uint8)
+        at = value_byte(kind, region, capacity, d, slot, i)
+        cache[at : at + size] = np.frombuffer(value[i].tobytes() if i < d else bytes(size), np.uint8)
+
+
+@pytest.mark.compiled
+@KINDS
+@inputs.some
+@given(data=st.data())
+def test_compiled_attention_equals_its_twin(kind: int, data: st.DataObject) -> None:
+    ours = data.draw(attention_cases(kind))
+    theirs = dict(ours, s=ours["s"].copy(), kv=ours["kv"].copy())
+    attention.attention(*ours.values())
+    attention_twin.attention(*theirs.values())
+    inputs.same(outputs_of(ours), outputs_of(theirs))
+    inputs.same(untouched(ours), untouched(theirs))
+    inputs.same(ours["kv"], theirs["kv"])
+
+
+@KINDS
+@inputs.some
+@given(data=st.data())
+def test_attention_is_close_to_exact(kind: int, data: st.DataObject) -> None:
+    """Scores below 10 in magnitude, so 2e-5 of the largest value."""
+    case = data.draw(attention_cases(kind, calm=True))
+    attention.attention(*case.values())
+    place = (case["kv"], case["region"], case["capacity"], case["d"])
+    d, first, last, base = case["d"], case["first"], case["last"], case["base"]
+    slots = [p if p < base else int(case["path"][case["path_at"] + p - base]) for p in range(first, last)]
+    keys = [read_key(kind, *place, slot) for slot in slots]
+    values = np.array([read_value(kind, *place, slot) for slot in slots])
+    for h, found in enumerate(outputs_of(case)):
+        q = case["q"][case["q_at"] + h * d :][:d].astype(np.float64)
+        scores = np.array([math.fsum(q * key) * float(case["scale"]) for key in keys])
+        weights = np.exp(scores - scores.max())
+        expected = weights @ values / weights.sum()
+        assert np.abs(found - expected).max() <= 2e-5 * np.abs(values).max()
+
+
+@KINDS
+@inputs.some
+@given(data=st.data())
+def test_heads_do_not_depend_on_those_beside_them(kind: int, data: st.DataObject) -> None:
+    case = data.draw(attention_cases(kind))
+    alone = dict(case, heads=1, s=case["s"].copy())
+    attention.attention(*case.values())
+    for h, together in enumerate(outputs_of(case)):
+        attention.attention(*dict(alone, q_at=case["q_at"] + h * case["d"]).values())
+        inputs.same(outputs_of(alone)[0], together)
+
+
+@KINDS
+@inputs.some
+@given(data=st.data())
+def test_attention_does_not_depend_on_where_a_branch_lies(kind: int, data: st.DataObject) -> None:
+    """The same keys by position: as a branch in scattered slots, and as a plain sequence."""
+    case = data.draw(attention_cases(kind))
+    branch, plain = dict(case, s=case["s"].copy()), dict(case, kv=case["kv"].copy())
+    attention.attention(*branch.values())
+    for target in range(case["base"], case["last"]):  # ascending: nothing is overwritten before it is moved
+        source = int(case["path"][case["path_at"] + target - case["base"]])
+        kv.move(kind, plain["kv"], case["region"], case["capacity"], case["d"], source, target)
+    plain["base"] = case["last"]
+    if case["first"] // 16 * 16 < case["first"]:  # now in the blocks: finite, as in a real cache
+        for slot in range(case["first"] // 16 * 16, case["first"]):
+            _fill(kind, plain["kv"], case["region"], case["capacity"], case["d"], slot, "before", "plain")
+    attention.attention(*plain.values())
+    inputs.same(outputs_of(branch), outputs_of(plain))

@@ -1,0 +1,73 @@
+"""What `import edgert` gives, and what it must not bring along."""
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import edgert
+from edgert import errors
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "grpc", "ray", "huggingface_hub", "gguf")
+ONLY_INSIDE = ("kernels", "converters", "devices")
+
+
+def test_public_names_are_these() -> None:
+    assert edgert.__all__ == [
+        "Completion",
+        "EdgertError",
+        "Model",
+        "ModelSpec",
+        "QuantSpec",
+        "SamplingParams",
+        "TokenEvent",
+        "convert",
+        "load",
+    ]
+    shown = {name for name in vars(edgert) if not name.startswith("_")}
+    modules = {name for name in shown if type(getattr(edgert, name)).__name__ == "module"}
+    assert shown - modules == set(edgert.__all__)
+
+
+def test_version_is_that_of_the_project() -> None:
+    assert f'\nversion = "{edgert.__version__}"\n' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def modules_of(code: str) -> dict[str, str]:
+    """Names and files of all modules that a fresh interpreter holds after running the code."""
+    files = "{name: str(getattr(m, '__file__', None)) for name, m in sys.modules.items()}"
+    script = f"{code}\nimport json, sys\nprint(json.dumps({files}))"
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_import_brings_no_heavy_library_and_each_module_once() -> None:
+    found = modules_of("import edgert, edgert.cli.main, edgert.cli.generate")
+    assert not {name for name in found if name.split(".")[0] in HEAVY}
+    assert not {name for name in found if name.split(".")[0] in ONLY_INSIDE}
+    files: dict[Path, str] = {}
+    for name, file in found.items():
+        if name.split(".")[0] == "edgert" and file.endswith(".py"):
+            path = Path(file).resolve()
+            assert path not in files, f"{path} is loaded as {files.get(path)} and {name}"
+            files[path] = name
+
+
+def test_every_module_imports_under_its_own_name() -> None:
+    for found in pkgutil.walk_packages(edgert.__path__, "edgert."):
+        if found.name != "edgert.__main__":
+            assert importlib.import_module(found.name).__name__ == found.name
+    assert not set(ONLY_INSIDE) & set(sys.modules)
+
+
+def test_error_tree_is_the_one_drawn() -> None:
+    drawn = re.findall(r"\b[A-Z]\w*Error\b", errors.__doc__ or "")
+    classes = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
+    assert sorted(drawn) == sorted(classes)
+    assert all(issubclass(value, edgert.EdgertError) for value in classes.values())
