@@ -1,0 +1,231 @@
+"""Write `tests/goldens`: the logits of transformers for the tiny models of `tests/tiny_models.py`.
+
+Run `python tools/make_goldens.py` where torch and transformers are installed. Every model is
+checked before its logits are stored:
+
+* transformers loads exactly the tensors that were written, value for value;
+* its float32 logits agree with its float64 logits, so the goldens are not rounding noise;
+* keys and values rounded to float16 stay within the tolerance of the tests;
+* every option shows: without it, the stored logits differ by far more than that tolerance.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+sys.path.insert(0, str(TESTS))
+
+import tiny_models  # noqa: E402
+from tiny_models import CONFIGS, SEED, Config, Tensors  # noqa: E402
+
+GOLDENS = TESTS / "goldens"
+TOKENS = tiny_models.tokens(48)
+# The first tokens, those around the ends of the windows (8, 10, 12, 16), and the last.
+POSITIONS = [0, 1, 7, 8, 10, 12, 16, 20, 31, 47]
+
+FLOAT64_TOLERANCE = 2e-5  # a fiftieth of the tests' 1e-3
+FLOAT16_CACHE_TOLERANCE = 8e-4  # leaves 2e-4 of the tests' 1e-3 for everything else
+LEAST_EFFECT = 1e-2  # ten times the tolerance of the tests: no option can be absent unnoticed
+
+Variant = tuple[str, Config, Tensors]
+
+
+def main() -> None:
+    """Check every model and write its goldens and their index."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    GOLDENS.mkdir(exist_ok=True)
+    for stale in GOLDENS.glob("*.npy"):
+        stale.unlink()
+    digests: dict[str, str] = {}
+    for name, config in CONFIGS.items():
+        tensors = tiny_models.weights(config, SEED)
+        model = load_checked(name, tensors)
+        expected = logits(model)
+        noise = check_precision(name, model, expected)
+        effects = check_effects(name, config, tensors, expected)
+        weakest = min(effects, key=lambda effect: effect[1])
+        np.save(GOLDENS / f"{name}.npy", expected)
+        digests[name] = tiny_models.digest(tensors)
+        print(
+            f"{name:28} sd {expected.std():.2f}, float64 {noise[0]:.0e}, float16 cache {noise[1]:.0e}, "
+            f"weakest: {weakest[0]} {weakest[1]:.3f}"
+        )
+    index = {
+        "made_by": "tools/make_goldens.py",
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "seed": SEED,
+        "tokens": TOKENS,
+        "positions": POSITIONS,
+        "weights_sha256": digests,
+    }
+    (GOLDENS / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    size = sum(path.stat().st_size for path in GOLDENS.iterdir())
+    print(f"{len(digests)} models, {size:,} bytes in {GOLDENS.name}/")
+
+
+def load_checked(name: str, tensors: Tensors) -> PreTrainedModel:
+    """The model as transformers reads it from its folder, every weight accounted for."""
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_models.write_folder(Path(folder), name)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    problems = {kind: found for kind, found in report.items() if found}
+    expect(not problems, f"{name}: transformers reports {problems}")
+    parameters = dict(model.named_parameters())
+    expect(parameters.keys() == tensors.keys(), f"{name}: the models differ in {parameters.keys() ^ tensors}")
+    for tensor, values in tensors.items():
+        same = np.array_equal(parameters[tensor].detach().numpy(), values)
+        expect(same, f"{name}: transformers changed the values of {tensor}")
+    return model
+
+
+def logits(model: PreTrainedModel) -> NDArray[np.float32]:
+    """Logits at the stored positions."""
+    with torch.no_grad():
+        rows = model(torch.tensor([TOKENS])).logits[0]
+    return np.ascontiguousarray(rows[POSITIONS].float().numpy())
+
+
+def check_precision(name: str, model: PreTrainedModel, expected: NDArray[np.float32]) -> tuple[float, float]:
+    """How far float64 arithmetic, and a float16 cache, lie from the expected logits."""
+
+    class HalfCache(DynamicCache):
+        def update(
+            self, keys: torch.Tensor, values: torch.Tensor, *rest: object, **named: object
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return super().update(keys.half().float(), values.half().float(), *rest, **named)
+
+    with torch.no_grad():
+        half = model(torch.tensor([TOKENS]), past_key_values=HalfCache(config=model.config)).logits[0]
+    cache_error = difference(half[POSITIONS].numpy(), expected)
+    float64_error = difference(logits(model.double()), expected)
+    expect(float64_error < FLOAT64_TOLERANCE, f"{name}: float64 differs by {float64_error}")
+    expect(cache_error < FLOAT16_CACHE_TOLERANCE, f"{name}: a float16 cache differs by {cache_error}")
+    return float64_error, cache_error
+
+
+def check_effects(
+    name: str, config: Config, tensors: Tensors, expected: NDArray[np.float32]
+) -> Iterator[tuple[str, float]]:
+    """Every option of the model with the change in logits where it is left out."""
+    for what, changed, values in (*without_tensors(config, tensors), *without_options(config, tensors)):
+        with tempfile.TemporaryDirectory() as folder:
+            tiny_models.write_model(Path(folder), changed, values)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager"
+            )
+        effect = difference(logits(model), expected)
+        expect(effect > LEAST_EFFECT, f"{name}: without {what} logits change by only {effect}")
+        yield what, effect
+
+
+def without_tensors(config: Config, tensors: Tensors) -> Iterator[Variant]:
+    """The model without one kind of bias, or with the gains of one kind of norm all 1, or regrouped."""
+    for kind in sorted({name.split(".", 3)[-1] if ".layers." in name else name for name in tensors}):
+        if kind.endswith(".bias"):
+            plain: Callable[[NDArray[np.float32]], NDArray[np.float32]] = np.zeros_like
+        elif kind.endswith("norm.weight"):
+            plain = np.ones_like
+        else:
+            continue
+        changed = {name: plain(values) if name.endswith(kind) else values for name, values in tensors.items()}
+        yield kind, config, changed
+    if 1 < config["num_key_value_heads"] < config["num_attention_heads"]:
+        yield "grouping", config, regrouped(config, tensors)
+
+
+def regrouped(config: Config, tensors: Tensors) -> Tensors:
+    """Query heads in another order, their outputs put back: only the key head each one meets differs.
+
+    Of 4 heads and 2 key heads, an engine that pairs 0101 instead of 0011 computes just this.
+    """
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    order = np.arange(heads).reshape(groups, -1).T.ravel()
+    changed = dict(tensors)
+    for name, values in tensors.items():
+        if "q_proj" in name:
+            changed[name] = values.reshape(heads, -1)[order].reshape(values.shape)
+        elif name.endswith("o_proj.weight"):
+            by_head = values.reshape(len(values), heads, -1)
+            changed[name] = np.ascontiguousarray(by_head[:, order].reshape(values.shape))
+    return changed
+
+
+def without_options(config: Config, tensors: Tensors) -> Iterator[Variant]:
+    """The model with one option of its configuration taken out or set to what it usually is."""
+    for what, options in option_changes(config):
+        yield what, config | options, tensors
+
+
+def option_changes(config: Config) -> Iterator[tuple[str, Config]]:
+    """What to change in the configuration, and which option that takes out."""
+    if config["hidden_act"] != "silu":
+        yield "hidden_act", {"hidden_act": "silu"}
+    if config["rms_norm_eps"] > 1e-4:
+        yield "rms_norm_eps", {"rms_norm_eps": 1e-5}
+    yield from window_changes(config)
+    yield from rope_changes(config)
+
+
+def window_changes(config: Config) -> Iterator[tuple[str, Config]]:
+    """A window of one key more or fewer; none; the same in every layer."""
+    window = config.get("sliding_window")
+    if window is None:
+        return
+    if config.get("use_sliding_window") is False:
+        every_layer = ["sliding_attention"] * config["num_hidden_layers"]
+        yield "the window turned off", {"use_sliding_window": True, "layer_types": every_layer}
+        return
+    yield "the exact window, one more", {"sliding_window": window + 1}
+    yield "the exact window, one less", {"sliding_window": window - 1}
+    layers = config["num_hidden_layers"]
+    if config["model_type"] == "mistral":
+        yield "the window", {"sliding_window": None}
+    else:
+        for kind in ("full_attention", "sliding_attention"):
+            yield f"layer types, all {kind}", {"layer_types": [kind] * layers}
+
+
+def rope_changes(config: Config) -> Iterator[tuple[str, Config]]:
+    """Another base, no scaling, and no value for each parameter of the scaling that has a default."""
+    rope = config.get("rope_parameters") or config["rope_scaling"] | {"rope_theta": config["rope_theta"]}
+    plain = {"rope_theta": rope["rope_theta"], "rope_type": "default"}
+    old_keys = {"rope_scaling": None}
+    if rope["rope_theta"] != 10000.0:
+        yield "rope_theta", {"rope_parameters": rope | {"rope_theta": 10000.0}, **old_keys}
+    kind = rope.get("rope_type", rope.get("type"))
+    # Dynamic scaling changes nothing within the context, and a context is all an engine offers.
+    if kind not in ("default", "dynamic"):
+        yield f"{kind} scaling", {"rope_parameters": plain, **old_keys}
+    for parameter in ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"):
+        if parameter in rope:
+            fewer = {key: value for key, value in rope.items() if key != parameter}
+            yield parameter, {"rope_parameters": fewer, **old_keys}
+
+
+def difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """The largest absolute difference."""
+    return float(np.abs(a - b).max())
+
+
+def expect(condition: bool, message: str) -> None:
+    """Stop with the message unless the condition holds."""
+    if not condition:
+        raise SystemExit(f"make_goldens: {message}")
+
+
+if __name__ == "__main__":
+    main()
