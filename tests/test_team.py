@@ -1,7 +1,6 @@
 """The thread team: whoever comes, every program is computed whole; and nothing is left behind."""
 
 import gc
-import signal
 import sys
 import threading
 import time
@@ -218,30 +217,34 @@ print("end")
 
 
 def test_interrupts_between_and_around_programs_leave_the_team_usable() -> None:
-    armed = False
-
-    def interrupt(number: int, frame: Any) -> None:
-        if armed:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        with little(3) as work:
-            for round_ in range(60):
-                # Again after a while: an interrupt inside a callback of the interpreter is swallowed.
-                armed = True
-                signal.setitimer(signal.ITIMER_REAL, 0.0005 + round_ % 10 * 0.0003, 0.2)
-                try:
-                    while True:
-                        work.team.run()
-                        if round_ % 3 == 0:
-                            time.sleep(0.012)  # so that the workers park, and some runs have to wake them
-                except KeyboardInterrupt:
-                    armed = False
-                work.check(round_)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    # In a process of its own: an interrupt inside the lock of a coverage tracer would leave that taken.
+    code = """
+import signal, time
+from tests.test_team import little
+armed = False
+def interrupt(number, frame):
+    if armed:
+        raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+with little(3) as work:
+    for round_ in range(60):
+        # Again after a while: an interrupt inside a callback of the interpreter is swallowed.
+        armed = True
+        signal.setitimer(signal.ITIMER_REAL, 0.0005 + round_ % 10 * 0.0003, 0.2)
+        try:
+            while True:
+                work.team.run()
+                if round_ % 3 == 0:
+                    time.sleep(0.012)  # so that the workers park, and some runs have to wake them
+        except KeyboardInterrupt:
+            armed = False
+        work.check(round_)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+print("end")
+"""
+    out, err = inputs.run_python(code)
+    assert out == "end\n"
+    assert err == ""
 
 
 # An interrupt in a generator that is being closed is printed, not raised.
