@@ -38,7 +38,9 @@ class Tokenizer:
         self.special_ids: frozenset[int] = frozenset(
             token for token, added in self._inner.get_added_tokens_decoder().items() if added.special
         )
-        self.decoders: tuple[str, ...] = _decoder_types(self._inner.decoder)
+        steps = _decoder_steps(self._inner.decoder)
+        self.decoders: tuple[str, ...] = tuple(step["type"] for step in steps)
+        self.rewrites_across_tokens = _rewrites_across_tokens(steps)
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens (BOS) of the model unless told otherwise.
@@ -109,9 +111,13 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_ids if skip_special else frozenset()
-        self._text: _Assembler = (
-            _Utf8Text(tokenizer) if tokenizer.decoders == ("ByteLevel",) else _WindowText(tokenizer)
-        )
+        self._text: _Assembler
+        if tokenizer.decoders == ("ByteLevel",):
+            self._text = _Utf8Text(tokenizer)
+        elif tokenizer.rewrites_across_tokens:
+            self._text = _WholeText(tokenizer)
+        else:
+            self._text = _WindowText(tokenizer)
 
     def push(self, token: int) -> str:
         """The text that is certain now and was not before; often "" in the middle of a character."""
@@ -182,6 +188,21 @@ class _WindowText:
         return fresh
 
 
+class _WholeText:
+    """A decoder that rewrites text across tokens: any later token may still change what came before."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+
+    def push(self, token: int) -> str:
+        self._ids.append(token)
+        return ""
+
+    def flush(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special=False)
+
+
 class StopMatcher:
     """Ends a streamed text at the first stop string.
 
@@ -238,18 +259,25 @@ def _byte_level_table() -> dict[str, int]:
     return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
-def _decoder_types(decoder: Any) -> tuple[str, ...]:
-    """Names of the decoders in the order they run; () for none."""
-    if decoder is None:
-        return ()
-    return tuple(_flatten(json.loads(decoder.__getstate__())))
+def _decoder_steps(decoder: Any) -> list[dict[str, Any]]:
+    """The decoders in the order they run, sequences opened up; [] for none."""
+    return [] if decoder is None else _flatten(json.loads(decoder.__getstate__()))
 
 
-def _flatten(decoder: dict[str, Any]) -> list[str]:
-    """Names of a decoder description, sequences opened up."""
+def _flatten(decoder: dict[str, Any]) -> list[dict[str, Any]]:
     if decoder["type"] == "Sequence":
-        return [name for inner in decoder["decoders"] for name in _flatten(inner)]
-    return [decoder["type"]]
+        return [step for inner in decoder["decoders"] for step in _flatten(inner)]
+    return [decoder]
+
+
+def _rewrites_across_tokens(steps: list[dict[str, Any]]) -> bool:
+    """Whether a replacement of more than one character runs after the tokens were joined to one text."""
+    joined = False
+    for step in steps:
+        if joined and step["type"] == "Replace" and len(step["pattern"].get("String", "..")) > 1:
+            return True
+        joined = joined or step["type"] in ("ByteLevel", "Fuse")
+    return False
 
 
 def _not_unicode(text: object) -> str:

@@ -113,6 +113,13 @@ def test_stream_of_any_tokens_is_their_text(name: str, data: st.DataObject, skip
     assert "".join(streamed(tokenizer, ids, skip)) == tokenizer.decode(ids, skip)
 
 
+def test_a_decoder_that_replaces_across_tokens_shows_nothing_early() -> None:
+    tokenizer = FAMILIES["byte_level_in_sequence"]
+    ids = tokenizer.encode("zzz", add_special=False)
+    assert len(ids) == 3
+    assert streamed(tokenizer, ids) == ["", "", "", "!"]
+
+
 TEXT = st.lists(
     st.one_of(
         st.text(max_size=8), st.sampled_from([FAMILY, FLAG, "e\u0301", " ", "  ", "ab", "the ", "\ufffd"])
