@@ -1,4 +1,4 @@
-"""The engine: one sequence, advanced step by step. step() is schedule, run, commit."""
+"""The engine: one sequence, advanced step by step, by whatever decoder it was given."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,27 +6,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import EngineConfig
-from edgert.errors import ContextLengthError
+from edgert.decoding import Commit, Decoder, Plain, Report, TokenSequence
 from edgert.model.forward import Forward
-from edgert.sampling import Choice, Sampler
+from edgert.sampling import Sampler
 from edgert.state import MAX_OUTPUTS, Weights
 
 
 class Engine:
-    """Runs one model over one token sequence.
+    """Runs one model over one token sequence: the prompt chunk by chunk, then the decoder's steps."""
 
-    `tokens` is the whole sequence, prompt and generated; the cache holds the keys and values of its
-    first `forward.cache.length`. What is not cached yet is pending.
-    """
-
-    def __init__(self, weights: Weights, config: EngineConfig) -> None:
+    def __init__(self, weights: Weights, config: EngineConfig, decoder: Decoder | None = None) -> None:
         self.forward = Forward(weights, config)
-        self.tokens: list[int] = []
-        self._prompt: list[int] = []
-        self._sampler: Sampler | None = None
+        self.sequence = TokenSequence(self.forward)
+        self.decoder: Decoder = decoder or Plain()
+        self.report: Report = dict  # what the decoder has to say of the sequence in progress
 
     def close(self) -> None:
         """End the threads."""
+        self.decoder.close()
         self.forward.close()
 
     def start(self, prompt: Sequence[int], sampler: Sampler) -> int:
@@ -34,49 +31,16 @@ class Engine:
 
         Raises ContextLengthError if the prompt leaves no room for one more token.
         """
-        room = self.forward.cache.limit - 1
-        if len(prompt) > room:  # before anything is changed: the sequence in progress stays usable
-            larger, own = "", self.forward.spec.context
-            if own > room + 1:
-                larger = f", or load with a larger context (this model's own is {own})"
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, expected at most {room} in a context of {room + 1}; "
-                f"shorten it{larger}"
-            )
-        # The last token must be computed in any case: its logits are what is wanted.
-        shared = _common_prefix(self.tokens[: self.forward.cache.length], prompt[:-1])
-        self.forward.cache.rewind(shared)
-        self.tokens = list(prompt)
-        self._prompt, self._sampler = self.tokens[:], sampler
+        shared = self.sequence.begin(prompt, sampler)
+        self.report = self.decoder.begin(self.sequence)
         return shared
 
-    @property
-    def pending(self) -> int:
-        """Tokens whose keys and values are not computed yet."""
-        return len(self.tokens) - self.forward.cache.length
-
-    @property
-    def full(self) -> bool:
-        """Whether the context has no room for the pending tokens."""
-        return len(self.tokens) > self.forward.cache.limit
-
-    def step(self) -> Choice | None:
-        """Compute the next chunk of pending tokens; the token chosen after the last of them, or None."""
-        chunk, complete = self._schedule()
-        logits = self.forward.run(chunk, outputs=[len(chunk) - 1] if complete else [])
-        return self._commit(logits[0]) if complete else None
-
-    def _schedule(self) -> tuple[list[int], bool]:
-        start = self.forward.cache.length
-        chunk = self.tokens[start : start + self.forward.config.chunk]
-        return chunk, start + len(chunk) == len(self.tokens)
-
-    def _commit(self, logits: NDArray[np.float32]) -> Choice:
-        assert self._sampler is not None
-        generated = self.tokens[len(self._prompt) :]
-        choice = self._sampler.choose(logits, self._prompt, generated)
-        self.tokens.append(choice.token)
-        return choice
+    def step(self) -> list[Commit]:
+        """Compute one more chunk of the prompt, or let the decoder advance; the tokens committed."""
+        if self.sequence.pending > self.forward.config.chunk:
+            self.sequence.run_pending()
+            return []
+        return self.decoder.step(self.sequence)
 
     def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """Logits after each token, from an empty cache: float32 [rows, V] pieces of up to MAX_OUTPUTS.
@@ -84,17 +48,9 @@ class Engine:
         A piece is a view, valid until the next: a whole text's logits can be larger than the model.
         """
         forward = self.forward
-        self.tokens = []
-        forward.cache.rewind(0)
+        self.sequence.clear()
         forward.cache.room_for(len(tokens))
         size = min(forward.config.chunk, MAX_OUTPUTS)
         for start in range(0, len(tokens), size):
             rows = tokens[start : start + size]
             yield forward.run(rows, outputs=range(len(rows)))
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))

@@ -3,10 +3,8 @@
 import numbers
 import operator
 import os
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,14 +16,14 @@ from edgert.chat import render_chat
 from edgert.config import EngineConfig, KvType, ModelSpec, SamplingParams
 from edgert.engine import Engine
 from edgert.errors import ModelFileError, OptionError, UsageError
-from edgert.events import Completion, FinishReason, Timings, TokenEvent
+from edgert.events import Completion
 from edgert.format import ErtFile
 from edgert.format.verify import check
-from edgert.kernels import target
+from edgert.generation import Generation, Turns
 from edgert.planner import plan
 from edgert.sampling import Sampler, log_probability
 from edgert.state import Weights
-from edgert.tokenizer import StopMatcher, TextStream, Tokenizer
+from edgert.tokenizer import Tokenizer
 
 
 def load(
@@ -71,9 +69,7 @@ class Model:
         json_bytes = file.tokenizer_json()
         self._tokenizer = None if json_bytes is None else Tokenizer(json_bytes)
         self._engine = Engine(Weights.of_file(file), config)
-        self._lock = threading.Lock()
-        self._latest: object = None  # the stream that owns the engine
-        self._closed = False
+        self._turns = Turns()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -96,7 +92,7 @@ class Model:
             pass
         return generation.completion()
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> "Generation":
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Generation:
         """As `generate`, token by token: iterate over it, then ask it for its `completion()`."""
         return self._start(prompt, options)
 
@@ -139,13 +135,13 @@ class Model:
         return np.array(result)
 
     def _pieces(self, ids: list[int]) -> Iterator[NDArray[np.float32]]:
-        with self._exclusive():
-            self._latest = None
+        with self._turns.take():
+            self._turns.latest = None
             yield from self._engine.logits(ids)
 
     def close(self) -> None:
         """End the threads and give the file back."""
-        self._latest, self._closed = None, True
+        self._turns.latest, self._turns.closed = None, True
         self._engine.close()
         self._file.close()
 
@@ -157,14 +153,15 @@ class Model:
     ) -> None:
         self.close()
 
-    def _start(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> "Generation":
+    def _start(self, prompt: str | Sequence[int], options: Mapping[str, Any]) -> Generation:
         params = sampling_params(options)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self._checked(prompt)
         if not ids:
             raise UsageError("the prompt is empty; expected at least one token")
         sampler = Sampler(params, self.spec.vocab)
-        with self._exclusive():
-            self._latest = generation = Generation(self, ids, sampler)
+        with self._turns.take():
+            generation = Generation(self._engine, self._turns, self._tokenizer, ids, sampler)
+            self._turns.latest = generation
         return generation
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
@@ -180,139 +177,6 @@ class Model:
         if not ids:
             raise UsageError("there are no tokens; expected at least one")
         return ids
-
-    def _exclusive(self) -> "_Exclusive":
-        if self._closed:
-            raise UsageError("this model is closed; load it again")
-        return _Exclusive(self._lock)
-
-
-class _Exclusive:
-    """Refuses a second thread instead of mixing two sequences."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-
-    def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise UsageError(
-                "this model is at work in another thread; load it once per thread, or take turns"
-            )
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
-@dataclass
-class _Clock:
-    """When things happened, in seconds of time.perf_counter."""
-
-    start: float = field(default_factory=time.perf_counter)
-    first: float = 0.0
-    last: float = 0.0
-
-
-class Generation:
-    """One running generation: an iterator of TokenEvents that knows its text so far."""
-
-    def __init__(self, model: Model, prompt: list[int], sampler: Sampler) -> None:
-        self._model, self._engine, self._sampler = model, model._engine, sampler
-        self._clock = _Clock()
-        self._cached = self._engine.start(prompt, sampler)
-        self._prompt_tokens = len(prompt)
-        self._text = TextStream(model.tokenizer) if model._tokenizer else None
-        self._stops = StopMatcher(sampler.params.stop)
-        if sampler.params.stop and self._text is None:
-            raise OptionError("stop needs a tokenizer, and this file holds none")
-        self._given: list[TokenEvent] = []
-        self._tail = ""  # text that came with the end-of-sequence token
-        self._reason: FinishReason = "interrupted"
-        self._events = self._run()
-
-    def events(self) -> Iterator[TokenEvent]:
-        """The events still to come."""
-        return self._events
-
-    def __iter__(self) -> Iterator[TokenEvent]:
-        return self._events
-
-    def __next__(self) -> TokenEvent:
-        return next(self._events)
-
-    def completion(self) -> Completion:
-        """All that came so far; `finish_reason` is "interrupted" before the end."""
-        events, clock = self._given, self._clock
-        computed = self._prompt_tokens - self._cached
-        prefill, decode = clock.first - clock.start, clock.last - clock.first
-        timings = Timings(
-            first_token_s=prefill if clock.first else 0.0,
-            prefill_tok_s=computed / prefill if clock.first else 0.0,
-            decode_tok_s=(len(events) - 1) / decode if len(events) > 1 else 0.0,
-        )
-        stats = {
-            "threads": self._model.config.threads,
-            "lowering": target.lowering().name,
-            "cached_prompt_tokens": self._cached,
-            "seed": self._sampler.seed,
-        }
-        return Completion(
-            text="".join(e.text for e in events) + self._tail,
-            tokens=tuple(e.token for e in events),
-            finish_reason=self._reason,
-            prompt_tokens=self._prompt_tokens,
-            timings=timings,
-            stats=stats,
-            logprobs=tuple(e.logprob for e in events) if self._sampler.params.logprobs else (),
-            top_logprobs=tuple(e.top for e in events) if self._sampler.params.logprobs else (),
-        )
-
-    def _run(self) -> Iterator[TokenEvent]:
-        limit, ends = self._sampler.params.max_tokens, self._model.spec.eos_ids
-        while len(self._given) < limit:
-            with self._model._exclusive():
-                if self._model._latest is not self:
-                    raise UsageError("this stream ended: the model has begun another generation since")
-                if self._engine.full:
-                    break
-                choice = self._engine.step()
-            if choice is None:
-                continue
-            now = time.perf_counter()
-            self._clock.first = self._clock.first or now
-            if choice.token in ends:
-                self._reason = "stop"
-                self._tail = self._rest()[0]
-                if self._tail:  # held back as the start of a stop string or of a character
-                    yield TokenEvent(choice.token, self._tail, choice.logprob, "model", choice.top)
-                return
-            self._clock.last = now
-            last = len(self._given) + 1 == limit or self._engine.full
-            text, stopped = self._show(choice.token, last)
-            event = TokenEvent(choice.token, text, choice.logprob, "model", choice.top)
-            self._given.append(event)
-            if stopped:
-                self._reason = "stop"
-                yield event
-                return
-            yield event
-        self._reason = "length"
-
-    def _show(self, token: int, last: bool) -> tuple[str, bool]:
-        """The text that can be shown now, and whether a stop string came."""
-        if self._text is None:
-            return "", False
-        shown, stop = self._stops.push(self._text.push(token))
-        if not last or stop is not None:
-            return shown, stop is not None
-        rest, stopped = self._rest()
-        return shown + rest, stopped
-
-    def _rest(self) -> tuple[str, bool]:
-        """The text that was held back, once nothing more comes, and whether a stop string came in it."""
-        if self._text is None:
-            return "", False
-        shown, stop = self._stops.push(self._text.flush())
-        return (shown, True) if stop is not None else (shown + self._stops.flush(), False)
 
 
 _REAL_OPTIONS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")

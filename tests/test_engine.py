@@ -102,16 +102,17 @@ def test_step_computes_a_chunk_and_chooses_after_the_last(files: dict[Quant, Pat
     with ErtFile.open(files["f32"]) as file:
         engine = Engine(Weights.of_file(file), plan(file.spec, file.size, threads=1, chunk=4))
         sampler = Sampler(SamplingParams(), file.spec.vocab)
+        sequence = engine.sequence
         assert engine.start([5, 6, 7, 8, 9, 10], sampler) == 0
-        assert engine.pending == 6
-        assert engine.step() is None
-        assert engine.pending == 2
-        choice = engine.step()
-        assert choice is not None
-        assert engine.tokens == [5, 6, 7, 8, 9, 10, choice.token]
-        assert engine.pending == 1 and not engine.full
+        assert sequence.pending == 6
+        assert engine.step() == []
+        assert sequence.pending == 2
+        ((choice, source),) = engine.step()
+        assert source == "model"
+        assert sequence.tokens == [5, 6, 7, 8, 9, 10, choice.token]
+        assert sequence.pending == 1 and not sequence.full
         assert engine.start([5, 6, 7, 8, 20], sampler) == 4
-        assert engine.tokens == [5, 6, 7, 8, 20] and engine.pending == 1
+        assert sequence.tokens == [5, 6, 7, 8, 20] and sequence.pending == 1
         engine.close()
 
 

@@ -11,7 +11,8 @@ import click
 
 from edgert.cli.options import FILE, engine_options, sampling_options
 from edgert.events import Completion
-from edgert.runtime import Generation, Model, load
+from edgert.generation import Generation
+from edgert.runtime import Model, load
 
 INTERRUPTED = 130
 

@@ -17,6 +17,7 @@ from edgert.model import layer_of
 from edgert.model.builder import Builder
 from edgert.state import MAX_OUTPUTS, RunState, Weights
 from edgert.team import Team
+from edgert.waits import Waits
 
 
 class Forward:
@@ -41,6 +42,7 @@ class Forward:
         code, reals = builder.table_of_operations()
         self._hidden, self._logits = builder.hidden, builder.logits
         self.state = state = RunState(builder.layout, config)
+        self.waits = Waits()
         self._job = np.zeros(program.JOB_WORDS, np.int64)
         arrays = (weights.data, state.f, state.xq, state.xs, state.xn, self.cache.data)
         self.team = Team(
