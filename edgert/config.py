@@ -17,6 +17,10 @@ Activation = Literal["silu", "relu", "relu2", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "relu", "relu2", "gelu_tanh")
 
 
+_SPECIAL = ("part",)
+"""Fields of ModelSpec that most files leave out, so that an older edgert still reads those."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Everything about a decoder that is not a weight. Stored as JSON in the file."""
@@ -43,10 +47,11 @@ class ModelSpec:
     rope_magnitude: float = 1.0  # multiplies cos and sin (YaRN's attention factor)
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    part: tuple[int, ...] = ()  # of a split model: the layers [first, last) this file holds; () for all
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
+        """The fields as JSON values; those for special files only where they say something."""
+        return {k: v for k, v in asdict(self).items() if v or k not in _SPECIAL}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelSpec":
@@ -56,7 +61,7 @@ class ModelSpec:
         if extra:
             raise ValueError(f"unknown fields {sorted(extra)}")
         given = dict(values)
-        for name in ("windows", "eos_ids"):
+        for name in ("windows", "eos_ids", "part"):
             if name in given:
                 given[name] = tuple(given[name])
         return cls(**given)
@@ -76,6 +81,12 @@ class ModelSpec:
             raise ValueError(f"windows has {len(self.windows)} entries for {self.layers} layers")
         if any(type(w) is not int or w < 0 for w in self.windows):
             raise ValueError(f"windows is {self.windows!r}, expected whole numbers >= 0")
+        if self.part and not (
+            len(self.part) == 2
+            and all(type(end) is int for end in self.part)
+            and 0 <= self.part[0] < self.part[1] <= self.layers
+        ):
+            raise ValueError(f"part is {self.part!r}, expected the first layer and the end of a range")
         for name in ("norm_eps", "rope_theta", "rope_magnitude"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1e38:
@@ -86,6 +97,16 @@ class ModelSpec:
         ids = self.eos_ids if self.bos_id is None else (*self.eos_ids, self.bos_id)
         if any(type(i) is not int or not 0 <= i < self.vocab for i in ids):
             raise ValueError(f"bos_id and eos_ids are {ids}, expected ids below vocab {self.vocab}")
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that this file holds: 0, or where the cloud half of a split model starts."""
+        return self.part[0] if self.part else 0
+
+    @property
+    def last_layer(self) -> int:
+        """The layer behind the last that this file holds: L, or where the edge half ends."""
+        return self.part[1] if self.part else self.layers
 
     def window(self, layer: int) -> int:
         """Keys visible in this layer, counting the token itself; 0 for all."""
@@ -108,6 +129,7 @@ class EngineConfig:
     context: int  # positions the KV cache holds
     chunk: int  # rows of one prefill pass
     kv: KvType = "f16"
+    sequences: int = 1  # how many the KV cache holds, each of `context` positions
 
 
 @dataclass(frozen=True, slots=True)

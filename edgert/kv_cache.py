@@ -1,4 +1,4 @@
-"""The cache of keys and values: one region per layer and head, filled from the front."""
+"""The cache of keys and values: one region per sequence, layer and head, filled from the front."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,43 +9,60 @@ from edgert.kernels import kv
 
 
 class KvCache:
-    """Keys and values of one sequence. `length` positions hold what was computed.
+    """Keys and values of `config.sequences` sequences; `lengths` positions of each hold what was computed.
 
-    The memory is reserved at once and touched only as it fills. Rewinding is forgetting: what lies
-    behind `length` is never read.
+    Most runs have one sequence, and every method means that one unless told otherwise. The memory is
+    reserved at once and touched only as it fills. Rewinding is forgetting: what lies behind a length is
+    never read.
     """
 
     def __init__(self, spec: ModelSpec, config: EngineConfig) -> None:
         self.kind = KV_TYPES.index(config.kv)
         self.capacity = -(-config.context // 16) * 16
-        self.limit = config.context  # positions that may be used
+        self.limit = config.context  # positions of each sequence that may be used
         self.region_bytes = kv.region_bytes(self.kind, self.capacity, spec.head_dim)
-        self.heads, self.head_dim, self.layers = spec.kv_heads, spec.head_dim, spec.layers
-        self.length = 0
-        self.data: NDArray[np.uint8] = np.zeros(spec.layers * spec.kv_heads * self.region_bytes, np.uint8)
+        self.heads, self.head_dim, self.first, self.layers = (
+            spec.kv_heads,
+            spec.head_dim,
+            spec.first_layer,
+            spec.last_layer - spec.first_layer,
+        )
+        self.sequence_bytes = self.layers * self.heads * self.region_bytes
+        self.lengths = [0] * config.sequences
+        self.data: NDArray[np.uint8] = np.zeros(config.sequences * self.sequence_bytes, np.uint8)
+
+    @property
+    def length(self) -> int:
+        """Positions of the first sequence, or the only one."""
+        return self.lengths[0]
+
+    @length.setter
+    def length(self, value: int) -> None:
+        self.lengths[0] = value
 
     def layer(self, index: int) -> int:
-        """The byte where a layer's first region starts."""
-        return index * self.heads * self.region_bytes
+        """The byte where a layer's first region starts, from the start of a sequence's."""
+        return (index - self.first) * self.heads * self.region_bytes
 
-    def room_for(self, count: int) -> None:
+    def room_for(self, count: int, sequence: int = 0) -> None:
         """Raise ContextLengthError unless `count` more positions fit."""
-        if self.length + count > self.limit:
+        if self.lengths[sequence] + count > self.limit:
             raise ContextLengthError(
-                f"{self.length + count} tokens do not fit in a context of {self.limit}: "
+                f"{self.lengths[sequence] + count} tokens do not fit in a context of {self.limit}: "
                 "shorten the prompt, or load with a larger context"
             )
 
-    def rewind(self, length: int) -> None:
+    def rewind(self, length: int, sequence: int = 0) -> None:
         """Forget everything from position `length` on."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} positions")
-        self.length = length
+        if not 0 <= length <= self.lengths[sequence]:
+            raise ValueError(f"cannot rewind to {length}: the cache holds {self.lengths[sequence]} positions")
+        self.lengths[sequence] = length
 
-    def keep(self, slots: list[int]) -> None:
-        """Make these slots, behind `length` and ascending, the next positions (an accepted branch)."""
-        for target, source in enumerate(slots, self.length):
+    def keep(self, slots: list[int], sequence: int = 0) -> None:
+        """Make these slots, behind the length and ascending, the next positions (an accepted branch)."""
+        start = sequence * self.sequence_bytes
+        for target, source in enumerate(slots, self.lengths[sequence]):
             if source != target:
-                for region in range(0, self.data.size, self.region_bytes):
+                for region in range(start, start + self.sequence_bytes, self.region_bytes):
                     kv.move(self.kind, self.data, region, self.capacity, self.head_dim, source, target)
-        self.length += len(slots)
+        self.lengths[sequence] += len(slots)

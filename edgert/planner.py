@@ -49,10 +49,10 @@ def buffer_bytes(spec: ModelSpec, config: EngineConfig) -> int:
 
 
 def cache_bytes(spec: ModelSpec, config: EngineConfig) -> int:
-    """Memory of a full KV cache."""
+    """Memory of a full KV cache, of all its sequences."""
     capacity = -(-config.context // 16) * 16
     region = kv_kernels.region_bytes(KV_TYPES.index(config.kv), capacity, spec.head_dim)
-    return region * spec.layers * spec.kv_heads
+    return config.sequences * region * (spec.last_layer - spec.first_layer) * spec.kv_heads
 
 
 def plan(
@@ -64,6 +64,7 @@ def plan(
     context: int | None = None,
     kv: KvType = "f16",
     chunk: int | None = None,
+    sequences: int = 1,
 ) -> EngineConfig:
     """The configuration to run a model with; raises MemoryBudgetError when it cannot fit in `ram`."""
     if kv not in KV_TYPES:
@@ -73,6 +74,7 @@ def plan(
         context=_positive("context", context, min(spec.context, DEFAULT_CONTEXT), spec.context),
         chunk=_positive("chunk", chunk, DEFAULT_CHUNK, 4096),
         kv=kv,
+        sequences=sequences,
     )
     budget = parse_size(ram) if isinstance(ram, str) else ram
     if not isinstance(budget, int | None):

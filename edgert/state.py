@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgert.config import QUANTS, EngineConfig, ModelSpec
 from edgert.format import ErtFile, StoredTensor
 from edgert.kernels import packing
-from edgert.kernels.program import OUTPUT, PATH
+from edgert.kernels.program import PATH, TOKEN_WORDS
 
 MAX_OUTPUTS = PATH
 """Rows of logits one forward can give: enough for a token tree; a prompt needs one."""
@@ -101,7 +101,7 @@ class RunState:
         self.xs: NDArray[np.float32] = np.zeros(layout.groups, np.float32)  # their scales
         self.xn: NDArray[np.int32] = np.zeros(layout.groups, np.int32)  # their sums
         width = max(config.chunk, MAX_OUTPUTS)
-        self.rows: NDArray[np.int64] = np.zeros((OUTPUT + 1, width), np.int64)  # see program.py
+        self.rows: NDArray[np.int64] = np.zeros((TOKEN_WORDS, width), np.int64)  # see program.py
         self.paths: NDArray[np.int64] = np.zeros(MAX_OUTPUTS * PATH, np.int64)
 
     @property

@@ -72,13 +72,16 @@ Buffers hold one row per token at their stride. A row is padded with zeros to wh
 """
 
 # The job of one execution.
-FIRST, LAST, ROWS, BASE, TREE, WANTED = range(6)
+FIRST, LAST, ROWS, WANTED = range(4)
 JOB_WORDS = 8
-"""FIRST, LAST: operations; ROWS: tokens; BASE: positions already in the cache, row t goes to slot
-BASE + t; TREE: rows have `paths`; WANTED: output rows."""
+"""FIRST, LAST: operations; ROWS: tokens; WANTED: output rows."""
 
 # Rows of the int64 array that describes the tokens of a forward.
-TOKEN, POSITION, OUTPUT = range(3)
+TOKEN, POSITION, SLOT, SEQUENCE, DIRECT, OUTPUT = range(6)
+TOKEN_WORDS = 6
+"""TOKEN, POSITION: its id, and its place in its sequence; SLOT: where its key and value go; SEQUENCE: the
+byte where the cache of its sequence starts; DIRECT: positions below it lie in their own slots, those from
+it on in the slots of the row's `paths`; OUTPUT: (of the first WANTED columns) the row to give."""
 PATH = 64
 """Length of a row of `paths`: slots of the ancestors of a tree node, itself last; the deepest tree."""
 
@@ -137,7 +140,7 @@ def _norm_head(f, at, d, eps, w, gain, scratch):
 
 
 @jit
-def _head(c, eps, unit, base, me, w, f, kv):
+def _head(c, eps, unit, rows, me, w, f, kv):
     q, q_stride, k, k_stride, v, v_stride, q_gain, k_gain = c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10]
     heads, kv_heads, d, table, kind, region = c[11], c[12], c[13], c[14], c[15], c[16]
     region_bytes, capacity, scratch = c[17], c[18], c[19] + me * c[20]
@@ -151,11 +154,11 @@ def _head(c, eps, unit, base, me, w, f, kv):
     rotate(f, at, d // 2, f, table + t * d)
     if h >= heads:
         value = v + t * v_stride + (h - heads) * d
-        here = region + (h - heads) * region_bytes
+        here, slot = rows[SEQUENCE, t] + region + (h - heads) * region_bytes, rows[SLOT, t]
         if kind == kv_cache.F16:
-            kv_cache.store_f16(kv, here, capacity, base + t, d, f, at, value)
+            kv_cache.store_f16(kv, here, capacity, slot, d, f, at, value)
         else:
-            kv_cache.store_q8(kv, here, capacity, base + t, d, f, at, value)
+            kv_cache.store_q8(kv, here, capacity, slot, d, f, at, value)
 
 
 @jit
@@ -165,7 +168,7 @@ def _pieces(group):
 
 
 @jit
-def _attend(c, scale, unit, job, rows, paths, me, f, kv):
+def _attend(c, scale, unit, rows, paths, me, f, kv):
     q, q_stride, heads, kv_heads, d, kind = c[3], c[4], c[5], c[6], c[7], c[8]
     region, region_bytes, capacity, window, y, y_stride = c[9], c[10], c[11], c[12], c[13], c[14]
     scratch = c[15] + me * c[16]
@@ -179,11 +182,27 @@ def _attend(c, scale, unit, job, rows, paths, me, f, kv):
         count = min(2, group - start)
     last = rows[POSITION, t] + 1
     first = max(0, last - window) if window > 0 else 0
-    base = job[BASE] if job[TREE] else last
-    here, head = region + shared * region_bytes, shared * group + start
+    here, head = rows[SEQUENCE, t] + region + shared * region_bytes, shared * group + start
     at, out = q + t * q_stride + head * d, scratch + MOST_HEADS * capacity
+    direct = rows[DIRECT, t]
     attention(
-        kind, count, kv, here, capacity, d, f, at, scale, first, last, base, paths, t * PATH, f, scratch, out
+        kind,
+        count,
+        kv,
+        here,
+        capacity,
+        d,
+        f,
+        at,
+        scale,
+        first,
+        last,
+        direct,
+        paths,
+        t * PATH,
+        f,
+        scratch,
+        out,
     )
     wide = (d + 15) // 16 * 16
     for h in range(count):
@@ -227,13 +246,13 @@ def _run_unit(c, real, unit, count, me, w, f, xq, xs, xn, kv, rows, paths, job):
     if op == MATMUL:
         _matmul(c, unit, count, w, f, xq, xs, xn)
     elif op == ATTEND:
-        _attend(c, real, unit, job, rows, paths, me, f, kv)
+        _attend(c, real, unit, rows, paths, me, f, kv)
     elif op == GATE:
         _gate(c, unit, f, xq, xs, xn)
     elif op == NORM:
         _norm(c, real, unit, rows[OUTPUT, unit] if c[1] == OUTPUTS else unit, w, f, xq, xs, xn)
     elif op == HEADS:
-        _head(c, real, unit, job[BASE], me, w, f, kv)
+        _head(c, real, unit, rows, me, w, f, kv)
     elif op == QUANTIZE:
         quantize(f, c[3] + unit * c[4], c[5], xq, xs, xn, c[6] + unit * c[5])
     elif op == ROPE_TABLE:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numba
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from edgert.config import EngineConfig, KvType, ModelSpec
 from edgert.errors import ContextLengthError, UsageError
+from edgert.format import declared
 from edgert.model.forward import Forward
 from edgert.state import MAX_OUTPUTS, Weights
 from tests import kernel_inputs as inputs
@@ -301,6 +302,115 @@ def test_a_tree_may_be_cut_between_layers(name: str) -> None:
         inputs.same(found.copy(), whole.run(tokens, parents=parents, outputs=range(7)).copy())
 
 
+# ---- (vi) several sequences ------------------------------------------------------------------
+
+
+@contextmanager
+def shared(name: str, sequences: int, threads: int = 1) -> Iterator[Forward]:
+    made = Forward(weights(name), EngineConfig(threads, CONTEXT, CHUNK, CASES[name].kv, sequences))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@EVERY
+@few
+@given(data=st.data())
+def test_rows_of_several_sequences_side_by_side_are_those_of_each_alone(
+    name: str, data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(2, 4))
+    texts = [tokens_of(name, 40 + s, LENGTH) for s in range(count)]
+    rounds = st.lists(st.integers(0, count - 1), min_size=1, max_size=CHUNK)
+    done = [0] * count
+    found: list[list[inputs.F32]] = [[] for _ in range(count)]
+    with shared(name, count, data.draw(st.sampled_from([1, 3]))) as model:
+        for _ in range(4):
+            order: list[int] = []
+            for sequence in data.draw(rounds):
+                if done[sequence] + order.count(sequence) < LENGTH:
+                    order.append(sequence)
+            if not order:
+                continue
+            places = [done[s] + order[:row].count(s) for row, s in enumerate(order)]
+            rows = [texts[s][place] for s, place in zip(order, places, strict=True)]
+            logits = model.run(rows, outputs=range(len(rows)), sequences=order)
+            for row, sequence in enumerate(order):
+                found[sequence].append(logits[row].copy())
+                done[sequence] += 1
+        assert model.cache.lengths == done
+    for sequence in range(count):
+        if done[sequence]:
+            expected, _ = plain(name, 40 + sequence, LENGTH)
+            inputs.same(np.stack(found[sequence]), expected[: done[sequence]])
+
+
+@TWO
+def test_trees_of_several_sequences_side_by_side_are_those_of_each_alone(name: str) -> None:
+    prompts = [tokens_of(name, 50, 19), tokens_of(name, 51, 7)]
+    order = [1, 0, 0, 1, 1, 0, 1, 0]
+    parents = [-1, -1, 1, 0, 0, 1, 3, 5]
+    tokens = tokens_of(name, 52, len(order))
+    kept = {0: [1, 5, 7], 1: [0, 3, 6]}
+    with shared(name, 2) as model:
+        for sequence, prompt in enumerate(prompts):
+            model.run(prompt, sequences=[sequence] * len(prompt))
+        found = model.run(tokens, parents=parents, sequences=order, outputs=range(len(order))).copy()
+        assert model.cache.lengths == [19, 7]
+        for sequence, rows in kept.items():
+            own = [row for row, s in enumerate(order) if s == sequence]
+            model.cache.keep([len(prompts[sequence]) + own.index(row) for row in rows], sequence)
+        after = model.run([3, 4], sequences=[0, 1], outputs=[0, 1]).copy()
+        model.cache.rewind(2, 1)
+        assert model.cache.lengths == [19 + 3 + 1, 2]
+    for sequence, rows in kept.items():
+        with forward(name) as alone:
+            alone.run(prompts[sequence])
+            inputs.same(found[rows], feed(alone, [tokens[row] for row in rows], [1] * len(rows)))
+            inputs.same(after[sequence], feed(alone, [3 + sequence], [1])[0])
+
+
+def test_a_sequence_or_a_parent_of_another_is_refused() -> None:
+    with shared("gqa-q4-f16", 2) as model:
+        with pytest.raises(UsageError, match="a row of sequence 2; the cache holds 2"):
+            model.run([1], sequences=[2])
+        with pytest.raises(UsageError, match="row 1 of a tree has parent 0"):
+            model.run([1, 2], sequences=[0, 1], parents=[-1, 0])
+        model.run([1] * 60, sequences=[1] * 60)
+        with pytest.raises(ContextLengthError, match="82 tokens do not fit"):
+            model.run([1] * 23, sequences=[0] + [1] * 22)
+        assert model.cache.lengths == [0, 60]
+
+
+# ---- (vii) a file of some layers -------------------------------------------------------------
+
+
+def part_of(name: str, first: int, last: int) -> Weights:
+    """The weights of a half of a split model: the same bytes, declared as a part."""
+    whole = weights(name)
+    spec = replace(whole.spec, part=(first, last))
+    return Weights(spec, whole.data, {d.name: whole.tensors[d.name] for d in declared(spec)})
+
+
+@EVERY
+def test_the_halves_of_a_split_model_are_the_whole(name: str) -> None:
+    layers = CASES[name].spec.layers
+    expected, cached = plain(name, 1, LENGTH)
+    tokens, config = tokens_of(name, 1, LENGTH), EngineConfig(1, CONTEXT, CHUNK, CASES[name].kv)
+    edge, cloud = Forward(part_of(name, 0, 1), config), Forward(part_of(name, 1, layers), config)
+    try:
+        hidden = edge.run(tokens)
+        inputs.same(cloud.run(tokens, hidden=hidden, outputs=range(LENGTH)).copy(), expected)
+        inputs.same(np.concatenate([edge.cache.data, cloud.cache.data]), cached)
+        for half, layer in ((edge, (0, 2)), (cloud, (0, layers))):
+            with pytest.raises(UsageError, match="which this model holds"):
+                half.run([1], layers=layer)
+    finally:
+        edge.close()
+        cloud.close()
+
+
 # ---- limits ----------------------------------------------------------------------------------
 
 
@@ -325,7 +435,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         assert model.cache.length == CONTEXT
 
 
-# ---- (vi) against a model written by hand ----------------------------------------------------
+# ---- (viii) against a model written by hand ----------------------------------------------------
 
 
 class ByHand:

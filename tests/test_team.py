@@ -64,7 +64,7 @@ class Little:
                 )
             )
         self.f = np.zeros((PRODUCTS + 1) * ROWS * WIDTH, np.float32)
-        self.rows = np.zeros((program.OUTPUT + 1, ROWS), np.int64)
+        self.rows = np.zeros((program.TOKEN_WORDS, ROWS), np.int64)
         self.job = np.zeros(program.JOB_WORDS, np.int64)
         self.job[program.LAST] = len(code)
         empty = (np.zeros(32, np.int8), np.zeros(1, np.float32), np.zeros(1, np.int32), np.zeros(1, np.uint8))

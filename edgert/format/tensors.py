@@ -45,14 +45,17 @@ def iter_declared(spec: ModelSpec, tokenizer_bytes: int = 0) -> Iterator[TensorD
     """`declared`, lazily: a hostile spec may claim 2**31 layers, so readers stop at the first absent one."""
     if tokenizer_bytes:
         yield TensorDecl(TOKENIZER, (tokenizer_bytes,), "bytes")
-    yield _matrix("token_embedding", spec.vocab, spec.width)
+    whole_output = spec.last_layer == spec.layers
+    if spec.first_layer == 0 or (whole_output and spec.tied_embeddings):
+        yield _matrix("token_embedding", spec.vocab, spec.width)
     yield _vector("rope_frequencies", spec.head_dim // 2)
     layer = (*_attention(spec), *_feed_forward(spec))
-    for index in range(spec.layers):
+    for index in range(spec.first_layer, spec.last_layer):
         for decl in layer:
             yield TensorDecl(f"layers.{index}.{decl.name}", decl.shape, decl.role)
-    yield _vector("output_norm", spec.width)
-    if not spec.tied_embeddings:
+    if whole_output:
+        yield _vector("output_norm", spec.width)
+    if whole_output and not spec.tied_embeddings:
         yield _matrix("output", spec.vocab, spec.width)
 
 

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import EngineConfig
-from edgert.errors import ContextLengthError, UsageError
+from edgert.errors import UsageError
 from edgert.kernels import program
 from edgert.kv_cache import KvCache
 from edgert.model import layer_of
 from edgert.model.builder import Builder
+from edgert.model.placing import place
 from edgert.state import MAX_OUTPUTS, RunState, Weights
 from edgert.team import Team
 from edgert.waits import Waits
@@ -30,15 +31,18 @@ class Forward:
         write_layer = layer_of(self.spec.architecture)
         builder.rope_table()
         self._embed = builder.position
-        builder.embed()
-        starts = []
-        for layer in range(self.spec.layers):
-            starts.append(builder.position)
+        first, last = self.spec.first_layer, self.spec.last_layer
+        if first == 0:
+            builder.embed()
+        self._starts = {}  # first operation of each layer held, and past the last
+        for layer in range(first, last):
+            self._starts[layer] = builder.position
             write_layer(builder, layer)
-        self._starts = (*starts, builder.position)  # first operation of each layer, and past the last
-        x = builder.norm("output_norm", outputs=True)
-        output = "token_embedding" if self.spec.tied_embeddings else "output"
-        builder.linear(output, x, builder.logits, outputs=True)
+        self._starts[last] = builder.position
+        if last == self.spec.layers:
+            x = builder.norm("output_norm", outputs=True)
+            output = "token_embedding" if self.spec.tied_embeddings else "output"
+            builder.linear(output, x, builder.logits, outputs=True)
         code, reals = builder.table_of_operations()
         self._hidden, self._logits = builder.hidden, builder.logits
         self.state = state = RunState(builder.layout, config)
@@ -61,28 +65,29 @@ class Forward:
         parents: Sequence[int] | None = None,
         layers: tuple[int, int] | None = None,
         hidden: NDArray[np.float32] | None = None,
+        sequences: Sequence[int] | None = None,
     ) -> NDArray[np.float32]:
-        """One forward of up to `config.chunk` rows, behind the `cache.length` positions before them.
+        """One forward of up to `config.chunk` rows, behind the `cache.lengths` positions before them.
 
         tokens: the rows' ids; `outputs`: the rows whose logits are wanted, at most MAX_OUTPUTS.
         parents: for a token tree, each row's parent row, -1 for the sequence itself; without it each
         row follows the one before and the cache grows by all rows. After a tree the caller decides
         with `cache.keep`. layers: a range [first, last) instead of all; hidden: float32 [T, D] rows to
-        start from instead of the tokens' embeddings, for a range that does not start at 0.
+        start from instead of the tokens' embeddings, for a range that does not start at 0. sequences:
+        for a cache of several, the sequence of each row; rows of different ones may stand side by side.
 
         Returns float32 [outputs, V] logits where the range ends with the last layer and outputs are
         wanted, else the hidden rows [T, D]: views, valid until the next call.
         """
         count = len(tokens)
-        self._check(count, len(outputs))
-        first, last = layers or (0, self.spec.layers)
+        first, last = layers or (self.spec.first_layer, self.spec.last_layer)
+        self._check(count, len(outputs), first, last)
         rows, job = self.state.rows, self._job
         rows[program.TOKEN, :count] = tokens
-        self._place(count, parents)
+        place(self.state, self.cache, count, parents, sequences)
         rows[program.OUTPUT, : len(outputs)] = outputs
         # One by one: assigning to a list of indices costs as much as a layer of a small model.
-        job[program.ROWS], job[program.BASE] = count, self.cache.length
-        job[program.WANTED], job[program.TREE] = len(outputs), parents is not None
+        job[program.ROWS], job[program.WANTED] = count, len(outputs)
         if hidden is not None:
             self._rows(self._hidden.at, self._hidden.stride, count)[:, : self.spec.width] = hidden
         if hidden is not None or first > 0:
@@ -91,35 +96,22 @@ class Forward:
         else:
             self._execute(0, self._end(last, outputs))
         if parents is None:
-            self.cache.length += count
+            for sequence in sequences or [0] * count:
+                self.cache.lengths[sequence] += 1
         if outputs and last == self.spec.layers:
             return self._rows(self._logits.at, self._logits.stride, len(outputs))[:, : self.spec.vocab]
         return self._rows(self._hidden.at, self._hidden.stride, count)[:, : self.spec.width]
 
-    def _check(self, count: int, outputs: int) -> None:
+    def _check(self, count: int, outputs: int, first: int, last: int) -> None:
+        if not self.spec.first_layer <= first <= last <= self.spec.last_layer:
+            raise UsageError(
+                f"layers {first} to {last} in one forward, expected a range from {self.spec.first_layer} to "
+                f"{self.spec.last_layer}, which this model holds"
+            )
         if not 0 < count <= self.config.chunk:
             raise UsageError(f"{count} rows in one forward, expected 1 to {self.config.chunk}")
         if outputs > MAX_OUTPUTS:
             raise UsageError(f"{outputs} rows of logits in one forward, expected at most {MAX_OUTPUTS}")
-        self.cache.room_for(count)
-
-    def _place(self, count: int, parents: Sequence[int] | None) -> None:
-        """Positions of the rows, and for a tree the slots of each row's ancestors."""
-        base, positions = self.cache.length, self.state.rows[program.POSITION]
-        if parents is None:
-            positions[:count] = np.arange(base, base + count)
-            return
-        if count > MAX_OUTPUTS:
-            raise ContextLengthError(f"a tree of {count} nodes, expected at most {MAX_OUTPUTS}")
-        paths = self.state.paths.reshape(MAX_OUTPUTS, program.PATH)
-        for row, parent in enumerate(parents):
-            if not -1 <= parent < row:
-                raise UsageError(f"row {row} of a tree has parent {parent}, expected -1 or an earlier row")
-            depth = 0 if parent < 0 else int(positions[parent]) - base + 1
-            if parent >= 0:
-                paths[row, :depth] = paths[parent, :depth]
-            paths[row, depth] = base + row
-            positions[row] = base + depth
 
     def _end(self, last: int, outputs: Sequence[int]) -> int:
         wants_logits = last == self.spec.layers and len(outputs) > 0
