@@ -2,5 +2,6 @@
 
 from edgert.converters.dispatch import convert
 from edgert.converters.report import ConversionReport, Progress, TensorReport
+from edgert.converters.split import split
 
-__all__ = ["ConversionReport", "Progress", "TensorReport", "convert"]
+__all__ = ["ConversionReport", "Progress", "TensorReport", "convert", "split"]

@@ -92,7 +92,7 @@ def write_model(
         tensors=tuple(tally.reports),
         file_bytes=writer.size,
         seconds=time.monotonic() - started,
-        peak_rss_bytes=_peak_rss_bytes(),
+        peak_rss_bytes=peak_rss_bytes(),
     )
 
 
@@ -149,6 +149,7 @@ def encode(
     return pack_floats(weights), None
 
 
-def _peak_rss_bytes() -> int:
+def peak_rss_bytes() -> int:
+    """The most resident memory this process had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

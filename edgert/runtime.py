@@ -50,6 +50,7 @@ def load(
     if check_tensors:
         check(Path(path))
     file = ErtFile.open(Path(path))
+    _check_whole(file)
     config = plan(file.spec, file.size, threads=threads, ram=ram, context=context, kv=kv, chunk=chunk)
     return Model(file, config)
 
@@ -177,6 +178,17 @@ class Model:
         if not ids:
             raise UsageError("there are no tokens; expected at least one")
         return ids
+
+
+def _check_whole(file: ErtFile) -> None:
+    """Refuse half a model: alone it has no answer to give."""
+    spec = file.spec
+    if spec.part:
+        use = "serve it with `edgert cloud`" if spec.first_layer else "run it with --cloud HOST:PORT"
+        raise ModelFileError(
+            f"{file.path}: found layers {spec.first_layer} to {spec.last_layer} of {spec.layers}, expected "
+            f"all of them; {use}"
+        )
 
 
 _REAL_OPTIONS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")

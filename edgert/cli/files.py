@@ -13,20 +13,37 @@ from rich.table import Table
 
 from edgert.cli.options import FILE, size_text
 from edgert.config import QUANTS, Quant
-from edgert.converters import ConversionReport, convert
+from edgert.converters import ConversionReport, convert, split
+from edgert.errors import UsageError
 from edgert.format import ErtFile
 from edgert.format.verify import check
 
 
 @click.command("convert")
 @click.argument("source", type=FILE)
-@click.option("-o", "--output", type=FILE, required=True, metavar="OUT.ert", help="The file to write.")
 @click.option(
-    "--quant", type=click.Choice(QUANTS), default="q4", show_default=True, help="Precision of matrices."
+    "-o",
+    "--output",
+    required=True,
+    metavar="OUT.ert",
+    help="The file to write; two with --split: EDGE,CLOUD.",
+)
+@click.option("--quant", type=click.Choice(QUANTS), help="Precision of matrices. [default: q4]")
+@click.option(
+    "--split", "layer", type=int, metavar="LAYER", help="Write two halves, cut before this layer (hand-off)."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-def convert_command(source: Path, output: Path, quant: Quant, as_json: bool) -> None:
-    """Convert a Hugging Face model folder to one .ert file."""
+def convert_command(source: Path, output: str, quant: Quant | None, layer: int | None, as_json: bool) -> None:
+    """Convert a Hugging Face model folder to one .ert file.
+
+    With --split, SOURCE may be an .ert file, and two files are written: the layers before LAYER with the
+    exits among them, for the board, and the rest, for `edgert cloud`.
+    """
+    outputs = output.split(",") if layer is not None else [output]
+    if layer is not None and len(outputs) != 2:
+        raise UsageError(f"-o is {output!r}; with --split expected two files: -o edge.ert,cloud.ert")
+    if layer is not None and source.suffix == ".ert" and quant is not None:
+        raise UsageError("--quant does not apply to an .ert file, whose tensors are copied as they are")
     columns = (TextColumn("{task.description:<24}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -35,11 +52,16 @@ def convert_command(source: Path, output: Path, quant: Quant, as_json: bool) -> 
         def progress(name: str, done_bytes: int, total_bytes: int) -> None:
             bar.update(task, description=name[-24:], completed=done_bytes, total=total_bytes)
 
-        report = convert(source, output, quant, progress)
+        if layer is None:
+            reports: tuple[ConversionReport, ...] = (convert(source, output, quant or "q4", progress),)
+        else:
+            reports = split(source, layer, outputs[0], outputs[1], quant or "q4", progress)
     if as_json:
-        print(json.dumps(_report_json(report)))
-    else:
-        _print_report(report, output)
+        rows = [_report_json(report) for report in reports]
+        print(json.dumps(rows if layer is not None else rows[0]))
+        return
+    for report in reports:
+        _print_report(report, report.path)
 
 
 def _report_json(report: ConversionReport) -> dict[str, Any]:
