@@ -17,11 +17,14 @@ def convert(
     out: str | os.PathLike[str],
     quant: Quant | QuantSpec = "q4",
     progress: Progress | None = None,
+    *,
+    exits: str | os.PathLike[str] | None = None,
 ) -> ConversionReport:
     """Convert a model to an .ert file and report size and error of every tensor.
 
     `source` is a Hugging Face folder; `quant` is one name for all matrices ("f32", "f16", "q8",
-    "q4") or a QuantSpec; `progress` is called after every slab. An existing `out` is replaced
+    "q4") or a QuantSpec; `progress` is called after every slab; `exits` is a file of `edgert train exits`
+    (by default the folder's own exits.safetensors, if it has one). An existing `out` is replaced
     when the conversion is complete; a conversion that fails leaves it as it was.
     Raises NotAModelError, UnsupportedError, ConversionError or OptionError, each in one line.
     """
@@ -32,7 +35,7 @@ def convert(
         raise _not_a_folder(source)
     if not out.parent.is_dir():
         raise ConversionError(f"{out}: found no folder {out.parent} to write to; make it first")
-    return convert_hf(source, out, quant, progress=progress)
+    return convert_hf(source, out, quant, exits=exits, progress=progress)
 
 
 def _not_a_folder(source: Path) -> Exception:

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from edgert.config import ModelSpec, Quant, QuantSpec
 from edgert.converters.architectures import Decoder, describe, source_name
+from edgert.converters.exits import EXITS_FILE, Exits, fingerprint, open_exits
 from edgert.converters.hf_config import HfConfig, parse_object, read_bytes, read_object, shown
 from edgert.converters.pipeline import quant_spec, write_model
 from edgert.converters.report import ConversionReport, Progress
 from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor, open_folder
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
 from edgert.format import TensorDecl, declared
+from edgert.format.exits import EXITS_KEY
 
 ROPE: Final = "rope_frequencies"  # computed from the config, not in the checkpoint
 
@@ -45,10 +47,12 @@ def convert_hf(
     out: str | os.PathLike[str],
     quant: Quant | QuantSpec = "q4",
     *,
+    exits: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Convert a Hugging Face folder to an .ert file, one slab of rows in memory at a time.
 
+    exits: the file of `edgert train exits`; None for the folder's own exits.safetensors, if it has one.
     Everything that can be known without reading weights is checked before the first is written.
     Raises NotAModelError for a folder that holds no model, UnsupportedError for one that edgert
     cannot run, ConversionError for damaged files and a full disk, OptionError for `quant`.
@@ -60,11 +64,25 @@ def convert_hf(
             "check the path or download the model"
         )
     tensors = open_folder(folder)
-    decoder = _decoder(folder, tensors)
+    decoder, metadata = _decoder(folder, tensors), _metadata(folder)
     check_tensors(decoder.spec, tensors, folder)
+    heads = _exits(folder, exits, decoder.spec, tensors)
+    if heads is not None:
+        decoder = replace(decoder, spec=replace(decoder.spec, exits=heads.layers))
+        tensors, metadata = tensors | heads.tensors, metadata | {EXITS_KEY: heads.metadata}
+        check_tensors(decoder.spec, tensors, folder)
     tokenizer = _tokenizer_json(folder)
     weights = HfWeights(decoder, tensors)
-    return write_model(Path(out), decoder.spec, weights, quant, tokenizer, _metadata(folder), progress)
+    return write_model(Path(out), decoder.spec, weights, quant, tokenizer, metadata, progress)
+
+
+def _exits(
+    folder: Path, given: str | os.PathLike[str] | None, spec: ModelSpec, tensors: dict[str, SourceTensor]
+) -> Exits | None:
+    path = folder / EXITS_FILE if given is None else Path(given)
+    if given is None and not path.is_file():
+        return None
+    return open_exits(path, spec, fingerprint(tensors[source_name("output_norm")]))
 
 
 def _decoder(folder: Path, tensors: dict[str, SourceTensor]) -> Decoder:

@@ -128,6 +128,11 @@ def _open_indexed(folder: Path, index: Path) -> dict[str, SourceTensor]:
 
 def open_shard(path: Path) -> dict[str, SourceTensor]:
     """The tensors of one safetensors file; its header is checked, its data not read."""
+    return open_with_metadata(path)[0]
+
+
+def open_with_metadata(path: Path) -> tuple[dict[str, SourceTensor], dict[str, Any]]:
+    """As `open_shard`, and what the file says of itself: `__metadata__`, empty if absent."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -148,7 +153,9 @@ def open_shard(path: Path) -> dict[str, SourceTensor]:
             f"{path}: found {size:,} bytes and a header said to take {length:,}, "
             f"expected a whole safetensors file; {_AGAIN}"
         )
-    return _tensors(_parse_header(text, path), path, 8 + length, size)
+    header = _parse_header(text, path)
+    metadata = header.pop("__metadata__", {})
+    return _tensors(header, path, 8 + length, size), metadata if isinstance(metadata, dict) else {}
 
 
 def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
@@ -170,7 +177,6 @@ def _parse_header(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _tensors(header: dict[str, Any], path: Path, data_start: int, size: int) -> dict[str, SourceTensor]:
-    header.pop("__metadata__", None)
     tensors = {name: _tensor(name, entry, path, data_start) for name, entry in header.items()}
     end = data_start
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):

@@ -26,18 +26,20 @@ def split(
     cloud: str | os.PathLike[str],
     quant: Quant | QuantSpec = "q4",
     progress: Progress | None = None,
+    *,
+    exits: str | os.PathLike[str] | None = None,
 ) -> tuple[ConversionReport, ConversionReport]:
     """Write the layers before `layer`, with the exits among them, to `edge` and the rest to `cloud`.
 
     `source` is anything `convert` reads, or an .ert file, whose stored bytes are then copied as they are
-    (`quant` does not apply). Both halves bear the identity of the whole model, so that a cloud can refuse
-    an edge that was cut from another. Raises OptionError for a layer that leaves a half empty or a model
-    that is a half already, ChecksumError for a damaged .ert file, and what `convert` raises.
+    (`quant` and `exits` do not apply). Both halves bear the identity of the whole model, so that a cloud
+    can refuse an edge that was cut from another. Raises OptionError for a layer that leaves a half empty
+    or a model that is a half already, ChecksumError for a damaged .ert file, and what `convert` raises.
     """
     edge, cloud = Path(edge), Path(cloud)
     if edge == cloud:
         raise OptionError(f"both halves would be written to {edge}; expected two names: edge.ert,cloud.ert")
-    with _whole(Path(source), edge, quant, progress) as file:
+    with _whole(Path(source), edge, quant, progress, exits) as file:
         spec = file.spec
         if spec.part:
             raise OptionError(f"{file.path}: found half a model already; split the whole one")
@@ -51,7 +53,11 @@ def split(
 
 @contextmanager
 def _whole(
-    source: Path, edge: Path, quant: Quant | QuantSpec, progress: Progress | None
+    source: Path,
+    edge: Path,
+    quant: Quant | QuantSpec,
+    progress: Progress | None,
+    exits: str | os.PathLike[str] | None,
 ) -> Iterator[ErtFile]:
     """The source as an .ert file, converted to a temporary one beside `edge` if it is not one."""
     if source.suffix == ".ert":
@@ -60,7 +66,7 @@ def _whole(
         return
     temporary = edge.with_name(f".{edge.name[:40]}.{secrets.token_hex(4)}.whole")
     try:
-        convert(source, temporary, quant, progress)
+        convert(source, temporary, quant, progress, exits=exits)
         with ErtFile.open(temporary) as file:
             yield file
     finally:

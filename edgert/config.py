@@ -17,7 +17,7 @@ Activation = Literal["silu", "relu", "relu2", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "relu", "relu2", "gelu_tanh")
 
 
-_SPECIAL = ("part",)
+_SPECIAL = ("part", "exits")
 """Fields of ModelSpec that most files leave out, so that an older edgert still reads those."""
 
 
@@ -48,6 +48,7 @@ class ModelSpec:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     part: tuple[int, ...] = ()  # of a split model: the layers [first, last) this file holds; () for all
+    exits: tuple[int, ...] = ()  # layers after which an exit head sits, ascending: (3, 5) of 8
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; those for special files only where they say something."""
@@ -61,7 +62,7 @@ class ModelSpec:
         if extra:
             raise ValueError(f"unknown fields {sorted(extra)}")
         given = dict(values)
-        for name in ("windows", "eos_ids", "part"):
+        for name in ("windows", "eos_ids", "part", "exits"):
             if name in given:
                 given[name] = tuple(given[name])
         return cls(**given)
@@ -87,6 +88,10 @@ class ModelSpec:
             and 0 <= self.part[0] < self.part[1] <= self.layers
         ):
             raise ValueError(f"part is {self.part!r}, expected the first layer and the end of a range")
+        if any(type(k) is not int or not 0 < k < self.layers for k in self.exits):
+            raise ValueError(f"exits is {self.exits!r}, expected whole numbers from 1 to {self.layers - 1}")
+        if list(self.exits) != sorted(set(self.exits)):
+            raise ValueError(f"exits is {self.exits!r}, expected ascending numbers")
         for name in ("norm_eps", "rope_theta", "rope_magnitude"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1e38:
@@ -107,6 +112,11 @@ class ModelSpec:
     def last_layer(self) -> int:
         """The layer behind the last that this file holds: L, or where the edge half ends."""
         return self.part[1] if self.part else self.layers
+
+    @property
+    def held_exits(self) -> tuple[int, ...]:
+        """The exits whose heads this file holds: those of its layers."""
+        return tuple(k for k in self.exits if self.first_layer < k <= self.last_layer)
 
     def window(self, layer: int) -> int:
         """Keys visible in this layer, counting the token itself; 0 for all."""

@@ -43,7 +43,7 @@ def buffer_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """Memory of the run's buffers: some float rows per token of a chunk, and the logits."""
     row = 2 * spec.width + (2 * spec.heads + 2 * spec.kv_heads + 1) * spec.head_dim + 2 * spec.ffn_width
     quantized = spec.width + spec.heads * spec.head_dim + spec.ffn_width
-    logits = MAX_OUTPUTS * (spec.vocab + spec.width)
+    logits = MAX_OUTPUTS * (spec.vocab + (2 if spec.held_exits else 1) * spec.width)
     scratch = config.threads * MOST_HEADS * (config.context + spec.head_dim + 48)
     return 4 * (config.chunk * row + logits + scratch) + config.chunk * quantized * 5 // 4
 

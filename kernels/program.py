@@ -7,7 +7,7 @@ outputs whole and in a fixed order, so results depend neither on threads nor on 
 
 Operands are indices into the arrays of a run: w (the model file, bytes), f (float32 buffers),
 xq, xs, xn (quantised rows, by group), kv (the cache, bytes). Column 0 is the operation, column 1 what
-its rows are (TOKENS or OUTPUTS), column 2 whether a barrier follows; the rest is listed in FIELDS.
+its rows are (see TOKENS), column 2 whether a barrier follows; the rest is listed in FIELDS.
 """
 
 import numpy as np
@@ -26,7 +26,8 @@ from edgert.kernels.rope import rope_table, rotate
 
 COLUMNS = 24
 EMBED, ROPE_TABLE, NORM, MATMUL, HEADS, ATTEND, QUANTIZE, GATE = range(8)
-TOKENS, OUTPUTS = 0, 1
+TOKENS, OUTPUTS, CHOSEN = range(3)
+"""Rows of an operation: all tokens; the wanted ones, gathered from among them; or those gathered before."""
 
 FIELDS = {
     EMBED: ("quant", "w_at", "groups", "y", "y_stride"),
@@ -265,7 +266,7 @@ def _run_unit(c, real, unit, count, me, w, f, xq, xs, xn, kv, rows, paths, job):
 def _execute(me, threads, code, reals, w, f, xq, xs, xn, kv, rows, paths, job, ctl, tickets):
     for i in range(job[FIRST], job[LAST]):
         c = code[i]
-        count = job[WANTED] if c[1] == OUTPUTS else job[ROWS]
+        count = job[ROWS] if c[1] == TOKENS else job[WANTED]
         units = _units(c, count)
         unit = 0 if threads == 1 else atomics.fetch_add(tickets, i, 1)
         while unit < units:

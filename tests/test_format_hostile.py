@@ -18,14 +18,21 @@ from edgert.format.rules import Rule
 from edgert.format.validate import read_contents
 from edgert.format.verify import check, verify
 
-SPEC = ModelSpec("llama", 2, 8, 2, 1, 4, 16, 20, 64, 1e-5, eos_ids=(2,))
+SPEC = ModelSpec("llama", 2, 8, 2, 1, 4, 16, 20, 64, 1e-5, eos_ids=(2,), exits=(1,))
+CALIBRATION = {
+    "temperature": 1.25,
+    "confidence": [0, 0.5, 0.9],
+    "tokens": [4, 0, 8],
+    "agreed": [1, 0, 8],
+}
+METADATA = {"source": "test", "exits": json.dumps({"1": CALIBRATION})}
 Q, NORM = "layers.0.q", "output_norm"  # a matrix and a vector to damage
 
 
 def valid_bytes(folder: Path) -> bytes:
     path = folder / "valid.ert"
     quants = {decl.name: "q4" for decl in declared(SPEC) if decl.role == "matrix"}
-    with ErtWriter(path, SPEC, quants, b'{"a":1}', {"source": "test"}) as writer:
+    with ErtWriter(path, SPEC, quants, b'{"a":1}', METADATA) as writer:
         for name, tensor in writer.tensors.items():
             if tensor.role != "bytes":
                 writer.write(
@@ -100,6 +107,14 @@ def text(change: Callable[[str], str | bytes]) -> Damage:
 
 def metadata(key: str, value: str) -> Damage:
     return lambda draft: draft.metadata_with(key, value)
+
+
+def exits(**values: object) -> Damage:
+    return metadata("exits", json.dumps(values))
+
+
+def calibration(**values: object) -> Damage:
+    return exits(**{"1": CALIBRATION | values})
 
 
 def with_length(length: int) -> Damage:
@@ -180,6 +195,10 @@ CASES: list[tuple[Rule, str, Damage]] = [
     (Rule.SPEC, "architecture-is-a-list", spec(architecture=[])),
     (Rule.SPEC, "ids-are-a-string", spec(eos_ids="12")),
     (Rule.SPEC, "id-outside-the-vocabulary", spec(bos_id=20)),
+    (Rule.SPEC, "exit-after-the-last-layer", spec(exits=[1, 2])),
+    (Rule.SPEC, "exit-before-the-first-layer", spec(exits=[0])),
+    (Rule.SPEC, "exit-twice", spec(exits=[1, 1])),
+    (Rule.SPEC, "exits-are-a-string", spec(exits="1")),
     (Rule.TABLE_ENTRY, "null", lambda draft: draft.table.update({Q: None})),
     (Rule.TABLE_ENTRY, "field-absent", lambda draft: draft.table[Q].pop("sha256")),
     (Rule.TABLE_ENTRY, "field-unknown", edit("table", Q, "zero_point", 8)),
@@ -226,6 +245,22 @@ CASES: list[tuple[Rule, str, Damage]] = [
     (Rule.DATA_OVERLAP, "same-place", overlap),
     (Rule.DATA_END, "cut", lambda draft: draft.pack()[:-1]),
     (Rule.DATA_END, "bytes-behind", lambda draft: draft.pack() + bytes(PAGE)),
+    (Rule.EXITS, "absent", drop("metadata", "exits")),
+    (Rule.EXITS, "of-another-layer", exits(**{"2": CALIBRATION})),
+    (Rule.EXITS, "list", exits(**{"1": []})),
+    (Rule.EXITS, "field-absent", exits(**{"1": {"temperature": 1.0}})),
+    (Rule.EXITS, "cold", calibration(temperature=0)),
+    (Rule.EXITS, "temperature-is-true", calibration(temperature=True)),
+    (Rule.EXITS, "no-buckets", calibration(confidence=[], tokens=[], agreed=[])),
+    (Rule.EXITS, "descending", calibration(confidence=[0, 0.9, 0.5])),
+    (Rule.EXITS, "not-from-zero", calibration(confidence=[0.1, 0.5, 0.9])),
+    (Rule.EXITS, "surer-than-sure", calibration(confidence=[0, 0.5, 1])),
+    (Rule.EXITS, "text", calibration(confidence="012")),
+    (Rule.EXITS, "a-bucket-short", calibration(tokens=[5, 5])),
+    (Rule.EXITS, "half-a-token", calibration(agreed=[1, 2.5, 3])),
+    (Rule.EXITS, "more-agreed-than-there-were", calibration(agreed=[1, 2, 9])),
+    (Rule.EXITS, "negative", calibration(agreed=[-1, 2, 3])),
+    (Rule.EXITS, "no-tokens", calibration(tokens=[0, 0, 0], agreed=[0, 0, 0])),
 ]
 
 
@@ -262,6 +297,9 @@ def test_an_undamaged_draft_opens(valid: bytes, tmp_path: Path) -> None:
     path.write_bytes(Draft(valid).pack())
     with ErtFile.open(path) as file:
         assert file.spec == SPEC
+        assert file.exits[1].above(0.5) == (8 / 12, 1.0)
+        assert file.exits[1].above(0) == (1.0, 9 / 12)
+        assert file.exits[1].above(0.95) == (0.0, 0.0)
 
 
 def test_tensors_may_lie_in_any_order(valid: bytes, tmp_path: Path) -> None:
@@ -277,7 +315,7 @@ def test_unknown_metadata_is_kept(valid: bytes, tmp_path: Path) -> None:
     path = tmp_path / "more.ert"
     path.write_bytes(Draft(valid).metadata_with("author", "näm\u2028e"))
     with ErtFile.open(path) as file:
-        assert file.metadata == {"source": "test", "author": "näm\u2028e"}
+        assert file.metadata == METADATA | {"author": "näm\u2028e"}
 
 
 @pytest.mark.parametrize("version", ["2", "0", "1.0", "", "x" * 100000])
@@ -350,5 +388,5 @@ def test_one_flipped_bit_is_found_by_its_checksum(valid: bytes, tmp_path: Path) 
     path.write_bytes(blob)
     with ErtFile.open(path) as file:
         assert [name for name, good in verify(file) if not good] == [Q, NORM]
-    with pytest.raises(ChecksumError, match=rf"{Q} \(2 of 23 tensors damaged\)"):
+    with pytest.raises(ChecksumError, match=rf"{Q} \(2 of 26 tensors damaged\)"):
         check(path)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from edgert.config import ACTIVATIONS, QUANTS, ModelSpec
 from edgert.errors import ConversionError
-from edgert.format import ErtFile, ErtWriter, declared
+from edgert.format import ErtFile, ErtWriter, ExitCalibration, declared
 from edgert.format.layout import PAGE, page_padded, stored_bytes
 from edgert.format.verify import check
 from edgert.format.writer import Disk
@@ -50,6 +50,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         windows=draw(st.just(()) | st.tuples(*[small] * layers)),
         bos_id=draw(st.none() | st.integers(0, vocab - 1)),
         eos_ids=tuple(draw(st.lists(st.integers(0, vocab - 1), max_size=3))),
+        exits=tuple(layer for layer in range(1, layers) if draw(flag)),
     )
 
 
@@ -66,7 +67,10 @@ def test_a_written_file_reads_back(
     matrices = [decl.name for decl in declared(spec) if decl.role == "matrix"]
     quants = {name: data.draw(st.sampled_from(QUANTS)) for name in matrices}
     random = np.random.default_rng(seed)
-    with ErtWriter(path, spec, quants, tokenizer, {"chat_template": "{{ ä }}"}) as writer:
+    calibration = ExitCalibration(0.5, (0.0, 0.9), (7, 2), (3, 2))
+    exits = {"exits": json.dumps({layer: calibration.to_json() for layer in spec.exits})}
+    metadata = {"chat_template": "{{ ä }}"} | (exits if spec.exits else {})
+    with ErtWriter(path, spec, quants, tokenizer, metadata) as writer:
         contents = {n: random.bytes(t.nbytes) for n, t in writer.tensors.items() if t.role != "bytes"}
         for name in random.permutation(list(contents)):
             writer.write(str(name), contents[name])
@@ -74,7 +78,8 @@ def test_a_written_file_reads_back(
     with ErtFile.open(path) as file:
         assert file.spec == spec
         assert file.tokenizer_json() == tokenizer
-        assert file.metadata == {"chat_template": "{{ ä }}", "errors": "{}"}
+        assert file.metadata == metadata | {"errors": "{}"}
+        assert file.exits == dict.fromkeys(spec.exits, calibration)
         assert {name: file.raw(name).tobytes() for name in contents} == contents
         assert {name: file.tensors[name].quant for name in matrices} == quants
         assert file.size == writer.size == path.stat().st_size

@@ -36,6 +36,9 @@ RICH = ModelSpec(
     "qwen3", 3, 48, 6, 2, 12, 80, 67, CONTEXT, 1e-6, "gelu_tanh", False, True, True, True, True, (5, 0, 20)
 )
 SMALL_HEADS = ModelSpec("llama", 2, 32, 7, 1, 2, 33, 50, CONTEXT, 1e-5, "relu", windows=(1, 3))
+# Heads after the first and the second of three layers.
+EXITS = ModelSpec("llama", 3, 40, 4, 2, 10, 72, 83, CONTEXT, 1e-5, "relu", exits=(1, 2))
+EXITS_TIED = replace(EXITS, width=64, tied_embeddings=True, exits=(2,))
 MHA = ModelSpec("qwen2", 2, 48, 4, 4, 12, 64, 70, CONTEXT, 1e-6, qkv_bias=True)
 
 
@@ -56,6 +59,10 @@ CASES = {
     "gqa-q8-q8": Case(GQA, "q8", "q8"),
     "rich-q4-q8": Case(RICH, "q4", "q8"),
     "mha-q8-f16": Case(MHA, "q8", "f16"),
+    "exits-q4-f16": Case(EXITS, "q4", "f16"),
+    "exits-mixed-q8": Case(EXITS_TIED, "mixed", "q8"),
+    "exits-f32-f16": Case(EXITS, "f32", "f16"),
+    "exits-f16-f16": Case(EXITS_TIED, "f16", "f16"),
     "gqa-f32-f16": Case(GQA, "f32", "f16"),
     "rich-f32-f16": Case(RICH, "f32", "f16"),
     "small-f32-f16": Case(SMALL_HEADS, "f32", "f16"),
@@ -411,6 +418,110 @@ def test_the_halves_of_a_split_model_are_the_whole(name: str) -> None:
         cloud.close()
 
 
+# ---- (viii) exits ----------------------------------------------------------------------------
+
+EXITING = pytest.mark.parametrize(
+    "name", ["exits-q4-f16"] if TWINS else ["exits-q4-f16", "exits-mixed-q8", "exits-f32-f16"]
+)
+
+
+@EXITING
+@few
+@given(data=st.data())
+def test_an_exit_says_the_same_for_any_rows(name: str, data: st.DataObject) -> None:
+    layer = data.draw(st.sampled_from(CASES[name].spec.exits))
+    tokens = tokens_of(name, 11, LENGTH)
+    with forward(name) as alone, forward(name) as together:
+        expected = [alone.run([token], layers=(0, layer), outputs=[0]).copy() for token in tokens]
+        found, at = [], 0
+        for size in data.draw(cuts(LENGTH)):
+            part = tokens[at : at + size]
+            found.append(together.run(part, layers=(0, layer), outputs=range(size)).copy())
+            at += size
+    inputs.same(np.concatenate(found), np.concatenate(expected))
+
+
+@pytest.mark.compiled
+@EXITING
+def test_threads_do_not_change_an_exit(name: str) -> None:
+    (layer, *_), tokens, found = CASES[name].spec.exits, tokens_of(name, 12, 31), []
+    for threads in (1, 3):
+        with forward(name, threads) as model:
+            found.append(model.run(tokens, layers=(0, layer), outputs=[30, 0, 7]).copy())
+            found.append(model.run(tokens, layers=(layer, 3), outputs=[30, 0, 7]).copy())
+    inputs.same(found[0], found[2])
+    inputs.same(found[1], found[3])
+
+
+@EXITING
+def test_going_on_behind_an_exit_gives_the_whole_model(name: str) -> None:
+    """Token by token and in chunks, with and without asking the exit, through one exit or two."""
+    expected, cached = plain(name, 1, LENGTH)
+    tokens, layers = tokens_of(name, 1, LENGTH), CASES[name].spec.layers
+    for exits in (CASES[name].spec.exits, CASES[name].spec.exits[-1:]):
+        with forward(name) as model:
+            at, rows = 0, []
+            for size in (1, 6, 1, LENGTH - 8):
+                part = tokens[at : at + size]
+                at += size
+                first = 0
+                for layer in exits:
+                    hidden = model.run(part, layers=(first, layer)).copy()
+                    model.run(part, layers=(layer, layer), outputs=[size - 1])
+                    inputs.same(model.hidden.copy(), hidden)  # an exit leaves the residual rows as they were
+                    first = layer
+                    assert model.cache.length == at
+                rows.append(model.run(part, layers=(first, layers), outputs=range(size)).copy())
+                assert model.cache.length == at
+            inputs.same(np.concatenate(rows), expected)
+            inputs.same(model.cache.data, cached)
+
+
+@EXITING
+def test_a_tree_goes_on_behind_an_exit(name: str) -> None:
+    parents, layers = [-1, 0, 0, 1, -1, 4, 2], CASES[name].spec.layers
+    layer = CASES[name].spec.exits[-1]
+    tokens, prompt = tokens_of(name, 9, 7), tokens_of(name, 10, 13)
+    with forward(name) as whole, forward(name) as cut:
+        for model in (whole, cut):
+            model.run(prompt)
+        cut.run(tokens, parents=parents, layers=(0, layer), outputs=[6])
+        found = cut.run(tokens, parents=parents, layers=(layer, layers), outputs=range(7)).copy()
+        inputs.same(found, whole.run(tokens, parents=parents, outputs=range(7)).copy())
+        assert cut.cache.length == len(prompt)
+
+
+def test_rows_that_are_not_there_cannot_go_on() -> None:
+    name = "exits-q4-f16"
+    with forward(name) as model:
+        with pytest.raises(UsageError, match="3 rows at layer 1 without their hidden values"):
+            model.run([1, 2, 3], layers=(1, 3))
+        model.run([1, 2, 3], layers=(0, 1))
+        for tokens, layers in (([1, 2], (1, 3)), ([1, 2, 3], (2, 3))):
+            with pytest.raises(UsageError, match="which the last call did not leave there"):
+                model.run(tokens, layers=layers)
+        model.cache.rewind(2)
+        with pytest.raises(UsageError, match="without their hidden values"):
+            model.run([1, 2, 3], layers=(1, 3))
+        model.run([3], layers=(0, 1))
+        with pytest.raises(UsageError, match="has parent 0"):
+            model.run([3], parents=[0], layers=(0, 1))
+        with pytest.raises(UsageError, match="without their hidden values"):  # that call spoilt them
+            model.run([3], layers=(1, 3))
+
+
+@EXITING
+def test_the_lower_half_of_a_model_has_its_exits(name: str) -> None:
+    tokens, (layer, *_) = tokens_of(name, 14, 9), CASES[name].spec.exits
+    config = EngineConfig(1, CONTEXT, CHUNK, CASES[name].kv)
+    edge = Forward(part_of(name, 0, layer), config)
+    with forward(name) as whole:
+        found = edge.run(tokens, outputs=[8, 2]).copy()
+        inputs.same(found, whole.run(tokens, layers=(0, layer), outputs=[8, 2]).copy())
+    edge.close()
+    assert part_of(name, layer, 3).spec.held_exits == CASES[name].spec.exits[1:]
+
+
 # ---- limits ----------------------------------------------------------------------------------
 
 
@@ -435,7 +546,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
         assert model.cache.length == CONTEXT
 
 
-# ---- (viii) against a model written by hand ----------------------------------------------------
+# ---- (ix) against a model written by hand ----------------------------------------------------
 
 
 class ByHand:
@@ -502,16 +613,21 @@ class ByHand:
                 out[t, h] = p @ v[start : t + 1, shared] / p.sum()
         return self.linear(f"{name}.o", out.reshape(count, -1))
 
-    def logits(self, tokens: list[int]) -> inputs.F64:
+    def logits(self, tokens: list[int], layers: int | None = None) -> inputs.F64:
+        """Of the model, or of the exit after so many layers."""
         x = self.matrix("token_embedding")[tokens]
-        for layer in range(self.spec.layers):
+        for layer in range(self.spec.layers if layers is None else layers):
             name = f"layers.{layer}"
             x = x + self.attention(layer, self.norm(f"{name}.attention_norm", x))
             normed = self.norm(f"{name}.ffn_norm", x)
             gate = self.activate(self.linear(f"{name}.gate", normed))
             x = x + self.linear(f"{name}.down", gate * self.linear(f"{name}.up", normed))
         output = "token_embedding" if self.spec.tied_embeddings else "output"
-        return self.norm("output_norm", x) @ self.matrix(output).T
+        if layers is None:
+            return self.norm("output_norm", x) @ self.matrix(output).T
+        n = self.norm(f"exits.{layers}.norm", x)
+        z = n + n @ self.matrix(f"exits.{layers}.matrix").T
+        return self.norm(f"exits.{layers}.output_norm", z) @ self.matrix(output).T
 
 
 @pytest.mark.parametrize(
@@ -524,6 +640,17 @@ def test_logits_are_those_of_a_model_written_by_hand(name: str) -> None:
         found = feed(model, tokens, [LENGTH - 7, 7])
     assert np.abs(expected).max() > 0.1  # not a model that says nothing
     assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["exits-f32-f16", "exits-f16-f16"])
+def test_exits_are_those_of_a_lens_written_by_hand(name: str) -> None:
+    tokens = tokens_of(name, 3, LENGTH)
+    for layer in CASES[name].spec.exits:
+        expected = ByHand(name).logits(tokens, layer)
+        with forward(name) as model:
+            found = model.run(tokens, layers=(0, layer), outputs=range(LENGTH)).copy()
+        assert np.abs(expected).max() > 0.1
+        assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
 def test_the_tiny_models_are_not_degenerate() -> None:

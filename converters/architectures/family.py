@@ -105,7 +105,12 @@ class Variant:
 
 
 def source_name(name: str) -> str:
-    """The Hugging Face name of a tensor of `edgert.format.declared`, the same in the whole family."""
+    """The Hugging Face name of a tensor of `edgert.format.declared`, the same in the whole family.
+
+    Exit heads are our own and have one name everywhere.
+    """
+    if name.startswith("exits."):
+        return name
     if not name.startswith("layers."):
         return _TOP_NAMES[name]
     _, index, part = name.split(".")

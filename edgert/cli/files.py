@@ -15,7 +15,7 @@ from edgert.cli.options import FILE, size_text
 from edgert.config import QUANTS, Quant
 from edgert.converters import ConversionReport, convert, split
 from edgert.errors import UsageError
-from edgert.format import ErtFile
+from edgert.format import ErtFile, ExitCalibration
 from edgert.format.verify import check
 
 
@@ -32,8 +32,15 @@ from edgert.format.verify import check
 @click.option(
     "--split", "layer", type=int, metavar="LAYER", help="Write two halves, cut before this layer (hand-off)."
 )
+@click.option(
+    "--exits",
+    type=FILE,
+    help="Exit heads of `edgert train exits`. [default: exits.safetensors in SOURCE, if any]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-def convert_command(source: Path, output: str, quant: Quant | None, layer: int | None, as_json: bool) -> None:
+def convert_command(
+    source: Path, output: str, quant: Quant | None, layer: int | None, exits: Path | None, as_json: bool
+) -> None:
     """Convert a Hugging Face model folder to one .ert file.
 
     With --split, SOURCE may be an .ert file, and two files are written: the layers before LAYER with the
@@ -42,8 +49,9 @@ def convert_command(source: Path, output: str, quant: Quant | None, layer: int |
     outputs = output.split(",") if layer is not None else [output]
     if layer is not None and len(outputs) != 2:
         raise UsageError(f"-o is {output!r}; with --split expected two files: -o edge.ert,cloud.ert")
-    if layer is not None and source.suffix == ".ert" and quant is not None:
-        raise UsageError("--quant does not apply to an .ert file, whose tensors are copied as they are")
+    if layer is not None and source.suffix == ".ert" and (quant is not None or exits is not None):
+        wrong = "--exits" if quant is None else "--quant"
+        raise UsageError(f"{wrong} does not apply to an .ert file, whose tensors are copied as they are")
     columns = (TextColumn("{task.description:<24}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -53,9 +61,11 @@ def convert_command(source: Path, output: str, quant: Quant | None, layer: int |
             bar.update(task, description=name[-24:], completed=done_bytes, total=total_bytes)
 
         if layer is None:
-            reports: tuple[ConversionReport, ...] = (convert(source, output, quant or "q4", progress),)
+            reports: tuple[ConversionReport, ...] = (
+                convert(source, output, quant or "q4", progress, exits=exits),
+            )
         else:
-            reports = split(source, layer, outputs[0], outputs[1], quant or "q4", progress)
+            reports = split(source, layer, outputs[0], outputs[1], quant or "q4", progress, exits=exits)
     if as_json:
         rows = [_report_json(report) for report in reports]
         print(json.dumps(rows if layer is not None else rows[0]))
@@ -88,10 +98,12 @@ def inspect_command(file: Path, as_json: bool) -> None:
     """Show what is inside an .ert file."""
     with ErtFile.open(file) as opened:
         spec, metadata, size = opened.spec.to_json(), opened.metadata, opened.size
-        tensors = list(opened.tensors.values())
+        tensors, exits = list(opened.tensors.values()), opened.exits
     if as_json:
         rows = [dataclasses.asdict(t) for t in tensors]
-        print(json.dumps({"size_bytes": size, "spec": spec, "metadata": metadata, "tensors": rows}))
+        heads = {layer: calibration.to_json() for layer, calibration in exits.items()}
+        found = {"size_bytes": size, "spec": spec, "metadata": metadata, "exits": heads, "tensors": rows}
+        print(json.dumps(found))
         return
     print(f"{file}: {size_text(size)}, {len(tensors)} tensors")
     for name, value in spec.items():
@@ -99,9 +111,20 @@ def inspect_command(file: Path, as_json: bool) -> None:
     for name, text in metadata.items():
         line = " ".join(text.split())
         print(f"  {name:<16} {line if len(line) <= 70 else line[:67] + '...'}")
+    for layer, exit_ in exits.items():
+        print(f"  exit after {layer} layers: temperature {exit_.temperature:.3f}; {_trust(exit_)}")
     for t in tensors:
         shape = " x ".join(map(str, t.shape))
         print(f"  {t.name:<28} {shape:<16} {t.quant:<4} {size_text(t.nbytes):>12}")
+
+
+def _trust(exit_: ExitCalibration) -> str:
+    """What share of tokens an exit is sure of, and how often it is then right."""
+    found = ((least, *exit_.above(least)) for least in exit_.confidence if least in (0.0, 0.5, 0.8, 0.9))
+    return ", ".join(
+        f"{share:.0%} of tokens >= {least:g} sure, {agreed:.1%} of them as the whole model"
+        for least, share, agreed in found
+    )
 
 
 @click.command("verify")

@@ -39,6 +39,7 @@ class Rule(Enum):
     DATA_HOLE = "F28 hole"
     DATA_OVERLAP = "F29 overlap"
     DATA_END = "F30 end of file"
+    EXITS = "F31 exits"
 
 
 def broken(rule: Rule, found: str, expected: str) -> FormatError:

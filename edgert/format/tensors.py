@@ -45,17 +45,20 @@ def iter_declared(spec: ModelSpec, tokenizer_bytes: int = 0) -> Iterator[TensorD
     """`declared`, lazily: a hostile spec may claim 2**31 layers, so readers stop at the first absent one."""
     if tokenizer_bytes:
         yield TensorDecl(TOKENIZER, (tokenizer_bytes,), "bytes")
-    whole_output = spec.last_layer == spec.layers
-    if spec.first_layer == 0 or (whole_output and spec.tied_embeddings):
+    exits, ends = set(spec.held_exits), spec.last_layer == spec.layers
+    speaks = ends or bool(exits)  # has logits to give
+    if spec.first_layer == 0 or (speaks and spec.tied_embeddings):
         yield _matrix("token_embedding", spec.vocab, spec.width)
     yield _vector("rope_frequencies", spec.head_dim // 2)
-    layer = (*_attention(spec), *_feed_forward(spec))
+    layer, head = (*_attention(spec), *_feed_forward(spec)), tuple(_exit(spec))
     for index in range(spec.first_layer, spec.last_layer):
         for decl in layer:
             yield TensorDecl(f"layers.{index}.{decl.name}", decl.shape, decl.role)
-    if whole_output:
+        for decl in head if index + 1 in exits else ():
+            yield TensorDecl(f"exits.{index + 1}.{decl.name}", decl.shape, decl.role)
+    if ends:
         yield _vector("output_norm", spec.width)
-    if whole_output and not spec.tied_embeddings:
+    if speaks and not spec.tied_embeddings:
         yield _matrix("output", spec.vocab, spec.width)
 
 
@@ -81,6 +84,13 @@ def _feed_forward(spec: ModelSpec) -> Iterator[TensorDecl]:
         yield _matrix(name, rows, columns)
         if spec.ffn_bias:
             yield _vector(f"{name}_bias", rows)
+
+
+def _exit(spec: ModelSpec) -> Iterator[TensorDecl]:
+    """A head after some layer; it uses the model's own output matrix (see Builder.exit_head)."""
+    yield _vector("norm", spec.width)
+    yield _matrix("matrix", spec.width, spec.width)
+    yield _vector("output_norm", spec.width)
 
 
 def _matrix(name: str, rows: int, columns: int) -> TensorDecl:

@@ -1,4 +1,4 @@
-"""From untrusted bytes to tensors that can be used without a further check (F09 to F30).
+"""From untrusted bytes to tensors that can be used without a further check (F09 to F31).
 
 Everything is checked before anything is returned: past this point an offset is inside the
 file, a length fits its shape and quantisation, and every tensor the spec calls for is there.
@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from edgert.config import ModelSpec
 from edgert.errors import VersionError
+from edgert.format.exits import EXITS_KEY, ExitCalibration, read_exits
 from edgert.format.foreign import plain_safetensors
 from edgert.format.header import FORMAT, FORMAT_VERSION, RESERVED_KEYS, Blob, parse_object, read_header
 from edgert.format.layout import LAYOUT_OF, PAGE, QUANTS_OF, page_padded, stored_bytes
@@ -30,6 +31,7 @@ class Contents:
     spec: ModelSpec
     tensors: dict[str, StoredTensor]  # in order of use
     metadata: dict[str, str]  # without the keys of the format itself
+    exits: dict[int, ExitCalibration]  # by the layers before each
 
 
 def read_contents(blob: Blob, path: Path) -> Contents:
@@ -51,7 +53,7 @@ def read_contents(blob: Blob, path: Path) -> Contents:
     _check_names(entries, tensors, "the header")
     _check_contiguous(tensors, data_start, len(blob))
     others = {key: text for key, text in metadata.items() if key not in RESERVED_KEYS}
-    return Contents(spec, tensors, others)
+    return Contents(spec, tensors, others, read_exits(metadata.get(EXITS_KEY), spec.exits))
 
 
 def _metadata(values: object, path: Path) -> dict[str, str]:
@@ -92,7 +94,7 @@ def _spec(text: str) -> ModelSpec:
         for name in ("architecture", "rope_scaling"):
             if not isinstance(values.get(name, ""), str):
                 raise TypeError(f"{name} is {shown(values[name])}, expected a string")
-        for name in ("windows", "eos_ids", "part"):
+        for name in ("windows", "eos_ids", "part", "exits"):
             if not isinstance(values.get(name, []), list):
                 raise TypeError(f"{name} is {shown(values[name])}, expected a list")
         return ModelSpec.from_json(values)

@@ -34,6 +34,7 @@ class Builder:
         self.gate = layout.rows(rows, spec.ffn_width, quantized=True)  # [T, F]
         self.up = layout.rows(rows, spec.ffn_width)  # [T, F]
         self.chosen = layout.rows(MAX_OUTPUTS, spec.width, quantized=True)  # [R, D]
+        self.lens = layout.rows(MAX_OUTPUTS if spec.held_exits else 0, spec.width)  # [R, D] of an exit
         self.logits = layout.rows(MAX_OUTPUTS, spec.vocab)  # [R, V]
         table = layout.floats  # [T, d] cos and sin of each row's position, without padding
         layout.floats += rows * spec.head_dim
@@ -76,33 +77,58 @@ class Builder:
             table=self.table,
         )
 
-    def norm(self, gain: str, *, outputs: bool = False) -> Rows:
-        """RMSNorm of hidden, for all rows or only for those whose logits are wanted."""
-        y = self.chosen if outputs else self.normed
+    def norm(self, gain: str) -> Rows:
+        """normed = RMSNorm of hidden."""
+        return self._norm(gain, self.hidden, self.normed, program.TOKENS)
+
+    def head(self) -> None:
+        """logits = E rmsnorm(hidden), of the rows whose logits are wanted; E is the output matrix."""
+        self._logits_of(self._norm("output_norm", self.hidden, self.chosen, program.OUTPUTS))
+
+    def exit_head(self, layer: int) -> None:
+        """logits after `layer` layers: E rmsnorm(n + W n), n = rmsnorm(hidden), of the wanted rows.
+
+        A tuned lens (Belrose et al., 2023, arXiv:2303.08112, section 2) without bias: as the norm before
+        E does not see the scale of its input, n + W n is what h + A h is there. hidden stays as it is.
+        """
+        name = f"exits.{layer}"
+        n = self._norm(f"{name}.norm", self.hidden, self.chosen, program.OUTPUTS)
+        self._norm(f"{name}.norm", self.hidden, self.lens, program.OUTPUTS)
+        self.linear(f"{name}.matrix", n, self.lens, add=True, chosen=True)
+        self._logits_of(self._norm(f"{name}.output_norm", self.lens, self.chosen, program.CHOSEN))
+
+    def _logits_of(self, x: Rows) -> None:
+        output = "token_embedding" if self.spec.tied_embeddings else "output"
+        self.linear(output, x, self.logits, chosen=True)
+
+    def _norm(self, gain: str, x: Rows, y: Rows, rows: int) -> Rows:
         self._add(
             program.NORM,
-            rows=program.OUTPUTS if outputs else program.TOKENS,
+            rows=rows,
             real=self.spec.norm_eps,
-            x=self.hidden.at,
-            x_stride=self.hidden.stride,
+            x=x.at,
+            x_stride=x.stride,
             width=self.spec.width,
             gain=self.weights.vector(gain),
             y=y.at,
             y_stride=y.stride,
-            groups=y.groups,
+            groups=y.groups if y.quantized >= 0 else 0,
             xq=y.quantized,
         )
         return y
 
     def linear(
-        self, name: str, x: Rows, y: Rows, *, add: bool = False, last: bool = True, outputs: bool = False
+        self, name: str, x: Rows, y: Rows, *, add: bool = False, last: bool = True, chosen: bool = False
     ) -> None:
-        """y = W x + bias, or y += ...; `last` of those that read x and may run side by side."""
+        """y = W x + bias, or y += ...; `last` of those that read x and may run side by side.
+
+        chosen: x and y hold the rows whose logits are wanted, not all of them.
+        """
         matrix = self.weights.matrix(name)
         record = (2048, 1024, 544, 288)[matrix.quant] * matrix.groups
         self._add(
             program.MATMUL,
-            rows=program.OUTPUTS if outputs else program.TOKENS,
+            rows=program.CHOSEN if chosen else program.TOKENS,
             barrier=last,
             quant=matrix.quant,
             w_at=matrix.at,

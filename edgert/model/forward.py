@@ -16,7 +16,7 @@ from edgert.kv_cache import KvCache
 from edgert.model import layer_of
 from edgert.model.builder import Builder
 from edgert.model.placing import place
-from edgert.state import MAX_OUTPUTS, RunState, Weights
+from edgert.state import MAX_OUTPUTS, Rows, RunState, Weights
 from edgert.team import Team
 from edgert.waits import Waits
 
@@ -39,15 +39,22 @@ class Forward:
             self._starts[layer] = builder.position
             write_layer(builder, layer)
         self._starts[last] = builder.position
+        self._heads: dict[int, tuple[int, int]] = {}  # their operations, by the layers before each
         if last == self.spec.layers:
-            x = builder.norm("output_norm", outputs=True)
-            output = "token_embedding" if self.spec.tied_embeddings else "output"
-            builder.linear(output, x, builder.logits, outputs=True)
+            builder.head()
+            self._heads[last] = self._starts[last], builder.position
+        for layer in self.spec.held_exits:
+            start = builder.position
+            builder.exit_head(layer)
+            self._heads[layer] = start, builder.position
         code, reals = builder.table_of_operations()
         self._hidden, self._logits = builder.hidden, builder.logits
         self.state = state = RunState(builder.layout, config)
         self.waits = Waits()
         self._job = np.zeros(program.JOB_WORDS, np.int64)
+        # Of the last call: its rows, the layer behind which they are, and the cache's lengths.
+        self._left: tuple[int, int, tuple[int, ...]] | None = None
+        self._reached = -1  # behind how many layers the last call left its rows
         arrays = (weights.data, state.f, state.xq, state.xs, state.xn, self.cache.data)
         self.team = Team(
             config.threads, (code, reals, *arrays, state.rows, state.paths, self._job), len(code)
@@ -73,34 +80,54 @@ class Forward:
         parents: for a token tree, each row's parent row, -1 for the sequence itself; without it each
         row follows the one before and the cache grows by all rows. After a tree the caller decides
         with `cache.keep`. layers: a range [first, last) instead of all; hidden: float32 [T, D] rows to
-        start from instead of the tokens' embeddings, for a range that does not start at 0. sequences:
-        for a cache of several, the sequence of each row; rows of different ones may stand side by side.
+        start from instead of the tokens' embeddings. A range that does not start at 0 goes on, where no
+        `hidden` is given, with the rows of the last call: those must have ended there, and have their
+        slots in the cache already. sequences: for a cache of several, the sequence of each row; rows of
+        different ones may stand side by side.
 
-        Returns float32 [outputs, V] logits where the range ends with the last layer and outputs are
-        wanted, else the hidden rows [T, D]: views, valid until the next call.
+        Returns float32 [outputs, V] logits where outputs are wanted and the range ends with the last
+        layer or at one of `spec.exits`, else the `hidden` rows: views, valid until the next call.
         """
         count = len(tokens)
         first, last = layers or (self.spec.first_layer, self.spec.last_layer)
+        goes_on = first > 0 and hidden is None
         self._check(count, len(outputs), first, last)
+        if goes_on:
+            self._check_left(count, first)
+        self._left = None  # until this call is through
         rows, job = self.state.rows, self._job
-        rows[program.TOKEN, :count] = tokens
-        place(self.state, self.cache, count, parents, sequences)
+        if not goes_on:
+            rows[program.TOKEN, :count] = tokens
+            place(self.state, self.cache, count, parents, sequences)
         rows[program.OUTPUT, : len(outputs)] = outputs
         # One by one: assigning to a list of indices costs as much as a layer of a small model.
         job[program.ROWS], job[program.WANTED] = count, len(outputs)
         if hidden is not None:
-            self._rows(self._hidden.at, self._hidden.stride, count)[:, : self.spec.width] = hidden
-        if hidden is not None or first > 0:
+            self.hidden[:] = hidden
             self._execute(0, self._embed)
-            self._execute(self._starts[first], self._end(last, outputs))
-        else:
-            self._execute(0, self._end(last, outputs))
-        if parents is None:
+        head = self._heads.get(last) if len(outputs) else None
+        self._run_through(self._starts[first] if first or hidden is not None else 0, last, head)
+        if parents is None and not goes_on:
             for sequence in sequences or [0] * count:
                 self.cache.lengths[sequence] += 1
-        if outputs and last == self.spec.layers:
-            return self._rows(self._logits.at, self._logits.stride, len(outputs))[:, : self.spec.vocab]
-        return self._rows(self._hidden.at, self._hidden.stride, count)[:, : self.spec.width]
+        self._left = count, last, tuple(self.cache.lengths)
+        return self.hidden if head is None else self._rows(self._logits, len(outputs))[:, : self.spec.vocab]
+
+    @property
+    def hidden(self) -> NDArray[np.float32]:
+        """The residual rows [T, D] of the last call, behind the layer it ended with: a view."""
+        return self._rows(self._hidden, int(self._job[program.ROWS]))[:, : self.spec.width]
+
+    def _run_through(self, start: int, last: int, head: tuple[int, int] | None) -> None:
+        """From operation `start` to the end of the layers before `last`, then a head."""
+        end = self._starts[last]
+        if head is None:
+            self._execute(start, end)
+        elif head[0] == end:  # the model's own follows the layers: one dispatch for both
+            self._execute(start, head[1])
+        else:
+            self._execute(start, end)
+            self._execute(*head)
 
     def _check(self, count: int, outputs: int, first: int, last: int) -> None:
         if not self.spec.first_layer <= first <= last <= self.spec.last_layer:
@@ -113,13 +140,17 @@ class Forward:
         if outputs > MAX_OUTPUTS:
             raise UsageError(f"{outputs} rows of logits in one forward, expected at most {MAX_OUTPUTS}")
 
-    def _end(self, last: int, outputs: Sequence[int]) -> int:
-        wants_logits = last == self.spec.layers and len(outputs) > 0
-        return self._starts[last] + 2 if wants_logits else self._starts[last]
+    def _check_left(self, count: int, first: int) -> None:
+        """The last call's rows can go on from layer `first`, and the cache is as it left it."""
+        if self._left != (count, first, tuple(self.cache.lengths)):
+            raise UsageError(
+                f"{count} rows at layer {first} without their hidden values, which the last call did not "
+                "leave there; give them"
+            )
 
     def _execute(self, first: int, last: int) -> None:
         self._job[program.FIRST], self._job[program.LAST] = first, last
         self.team.run()
 
-    def _rows(self, at: int, stride: int, count: int) -> NDArray[np.float32]:
-        return self.state.f[at : at + count * stride].reshape(count, stride)
+    def _rows(self, rows: Rows, count: int) -> NDArray[np.float32]:
+        return self.state.f[rows.at : rows.at + count * rows.stride].reshape(count, rows.stride)
