@@ -132,6 +132,16 @@ class QuantSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Tiling:
+    """How matrix products are cut. It changes the speed and no bit of a result."""
+
+    most: int = 8  # rows of the largest tile: 1, 2, 4 or 8
+    ahead: int = 64  # (block, group) records prefetched ahead by a tile of 4 or more rows
+    unit_bytes: int = 1 << 16  # weights in one unit of work: 2 us at 30 GB/s, far above the cost of
+    # taking a unit and far below a layer's time, so that threads finish together
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """How a model is executed on one machine."""
 
@@ -140,6 +150,7 @@ class EngineConfig:
     chunk: int  # rows of one prefill pass
     kv: KvType = "f16"
     sequences: int = 1  # how many the KV cache holds, each of `context` positions
+    tiling: Tiling = Tiling()
 
 
 @dataclass(frozen=True, slots=True)

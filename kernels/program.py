@@ -46,6 +46,8 @@ FIELDS = {
         "y_stride",
         "bias",
         "keep",
+        "most",
+        "ahead",
     ),
     HEADS: (
         *("q", "q_stride", "k", "k_stride", "v", "v_stride", "q_gain", "k_gain", "heads", "kv_heads", "d"),
@@ -64,6 +66,7 @@ FIELDS = {
     ROPE_TABLE  table[t] = cos and sin of position t                  (real: magnitude)
     NORM        y[t] = rmsnorm(x[t]); quantised too where groups > 0  (real: eps)
     MATMUL      y[t] = W x[t] (+ bias); added to y where keep; reads xq for q8 and q4, else x
+                (`unit` blocks at a time; `most` and `ahead` as in matmul.py)
     HEADS       q and k heads: norm where gain >= 0, rotate; k and v into the cache
     ATTEND      y[t] = attention of every head                        (real: scale)
     QUANTIZE    xq[t] = int8 of x[t]
@@ -109,6 +112,7 @@ def _norm(c, real, t, source, w, f, xq, xs, xn):
 def _matmul(c, unit, rows, w, f, xq, xs, xn):
     quant, w_at, groups, blocks, size = c[3], c[4], c[5], c[6], c[7]
     x, x_stride, at, y, y_stride, bias, keep = c[8], c[9], c[10], c[11], c[12], c[13], c[14]
+    most, ahead = c[15], c[16]
     first = unit * size
     last = min(blocks, first + size)
     for t in range(rows):
@@ -119,9 +123,9 @@ def _matmul(c, unit, rows, w, f, xq, xs, xn):
             for n in range(first * 16, last * 16):
                 f[row + n] += read_f32(w, bias + n * 4)
     if quant == matmul.Q4:
-        matmul.matmul_q4(w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride)
+        matmul.matmul_q4(w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)
     elif quant == matmul.Q8:
-        matmul.matmul_q8(w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride)
+        matmul.matmul_q8(w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)
     elif quant == matmul.F16:
         matmul.matmul_f16(w, w_at, groups, first, last, rows, f, x, x_stride, f, y, y_stride)
     else:
@@ -263,17 +267,40 @@ def _run_unit(c, real, unit, count, me, w, f, xq, xs, xn, kv, rows, paths, job):
 
 
 @jit
+def _count(c, job):
+    """Rows of an operation."""
+    return job[ROWS] if c[1] == TOKENS else job[WANTED]
+
+
+@jit
+def _past_singles(i, code, job):
+    """The first operation from `i` on that is more than one unit, or runs beside the next."""
+    while i < job[LAST] and code[i, 2] and _units(code[i], _count(code[i], job)) == 1:
+        i += 1
+    return i
+
+
+@jit
 def _execute(me, threads, code, reals, w, f, xq, xs, xn, kv, rows, paths, job, ctl, tickets):
-    for i in range(job[FIRST], job[LAST]):
-        c = code[i]
-        count = job[ROWS] if c[1] == TOKENS else job[WANTED]
+    i = job[FIRST]
+    while i < job[LAST]:
+        c, count = code[i], _count(code[i], job)
         units = _units(c, count)
         unit = 0 if threads == 1 else atomics.fetch_add(tickets, i, 1)
         while unit < units:
             _run_unit(c, reals[i], unit, count, me, w, f, xq, xs, xn, kv, rows, paths, job)
             unit = unit + 1 if threads == 1 else atomics.fetch_add(tickets, i, 1)
+        i += 1
         if c[2]:
-            team.barrier(ctl, threads)
+            # A single unit that follows (the norm of one row) is done by the last to arrive while the
+            # others wait for it in any case: one barrier instead of two.
+            then = _past_singles(i, code, job)
+            if team.arrive(ctl, threads):
+                for j in range(i, then):
+                    count = _count(code[j], job)
+                    _run_unit(code[j], reals[j], 0, count, me, w, f, xq, xs, xn, kv, rows, paths, job)
+                team.let_go(ctl, threads)
+            i = then
 
 
 @jit

@@ -21,6 +21,7 @@ class Lowering:
     name: str
     dot: str  # 4-way int8 dot product: "vnni512", "vnni256", "maddubs", "sdot" or "generic"
     half: bool  # float16 conversion instructions; without them it is done with integers
+    pairs: bool = False  # products of 2x8 by 8x2 int8 matrices ("smmla"): twice those of "sdot"
 
 
 # First match wins: (lowering, machine, features that must all be present).
@@ -28,6 +29,7 @@ _LOWERINGS = (
     (Lowering("avx512vnni", "vnni512", True), "x86_64", {"avx512vnni", "avx512bw", "avx512vl"}),
     (Lowering("avxvnni", "vnni256", True), "x86_64", {"avxvnni", "avx2", "f16c"}),
     (Lowering("avx2", "maddubs", True), "x86_64", {"avx2", "f16c"}),
+    (Lowering("neon-i8mm", "sdot", True, pairs=True), "aarch64", {"dotprod", "i8mm"}),
     (Lowering("neon-dotprod", "sdot", True), "aarch64", {"dotprod"}),
     (Lowering("neon", "generic", True), "aarch64", {"neon"}),
     (Lowering("generic", "generic", False), "", set[str]()),

@@ -37,15 +37,14 @@ def status_word(worker):
 
 
 @jit
-def barrier(ctl, threads):
-    """Return when all threads of the program have come here."""
+def arrive(ctl, threads):
+    """True, at once, for the last thread of the program to come here, False for the others when that one
+    has called `let_go`."""
     if threads == 1:
-        return
+        return True
     phase = atomics.load(ctl, _PHASE)
     if atomics.fetch_add(ctl, _ARRIVED, 1) == threads - 1:
-        atomics.store(ctl, _ARRIVED, 0)
-        atomics.fetch_add(ctl, _PHASE, 1)
-        return
+        return True
     spins = 0
     while atomics.load(ctl, _PHASE) == phase:
         spins += 1
@@ -53,6 +52,22 @@ def barrier(ctl, threads):
             atomics.pause()
         else:
             atomics.give_way()
+    return False
+
+
+@jit
+def let_go(ctl, threads):
+    """Open the barrier at which the others wait."""
+    if threads > 1:
+        atomics.store(ctl, _ARRIVED, 0)
+        atomics.fetch_add(ctl, _PHASE, 1)
+
+
+@jit
+def barrier(ctl, threads):
+    """Return when all threads of the program have come here."""
+    if arrive(ctl, threads):
+        let_go(ctl, threads)
 
 
 @jit

@@ -7,37 +7,81 @@ for all T rows. Numba source cannot express T accumulators without writing each 
 Python loop does it. An output is always the same chain of fused multiply-adds, whatever T is.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edgert.kernels import packing, simd
+from edgert.kernels import packing, simd, target
 from edgert.kernels.simd import f32x16, i8x64, i32x16
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+QUANTIZED_ROWS = (8, 4, 2, 1)
+FLOAT_ROWS = (4, 1)
+"""Rows of a tile, largest first: as many as leave their accumulators in registers."""
 
 FLOAT_CHAINS = 4
 """Accumulators per output of a float tile (k mod 4), added as (0+1)+(2+3): one chain would wait for
 the latency of each multiply-add, and the number is part of the result's definition."""
 
-AHEAD = 8
-"""Records a tile of several rows prefetches ahead. Its arithmetic fills the core's window, so that too few
-loads are under way by themselves: 4 rows of a large matrix take 0.75 of the time, 8 rows 0.68 (4 to 16
-records ahead are alike). With one or two rows the hardware's own prefetching is better left alone."""
+PREFETCHING_ROWS = 4
+"""Rows from which a tile prefetches. Its arithmetic fills the core's window, so that too few loads are
+under way by themselves; with one or two rows the hardware's own prefetching is better left alone."""
+
+
+class _Range(NamedTuple):
+    """What one call of a product covers: blocks first..last-1 of W, `rows` rows in tiles of up to `most`."""
+
+    first: ir.Value
+    last: ir.Value
+    rows: ir.Value
+    most: ir.Value
+
+
+class _Rows(NamedTuple):
+    """The quantised rows of a tile: pointers to row 0's values, scales and sums; groups from row to row."""
+
+    values: ir.Value
+    scales: ir.Value
+    sums: ir.Value
+    groups: ir.Value
+
+
+def _int(value: int) -> ir.Constant:
+    return ir.Constant(_I64, value)
 
 
 def _at(builder: ir.IRBuilder, pointer: ir.Value, index: int) -> ir.Value:
-    return builder.gep(pointer, [ir.Constant(_I64, index)])
+    return builder.gep(pointer, [_int(index)])
 
 
 def _index(builder: ir.IRBuilder, *terms: tuple[ir.Value, int]) -> ir.Value:
-    total = ir.Constant(_I64, 0)
+    total: ir.Value = _int(0)
     for value, factor in terms:
-        total = builder.add(total, builder.mul(value, ir.Constant(_I64, factor)))
+        total = builder.add(total, builder.mul(value, _int(factor)))
     return total
+
+
+def _each_tile(
+    builder: ir.IRBuilder, covered: _Range, sizes: tuple[int, ...]
+) -> Iterator[tuple[int, ir.Value, ir.Value]]:
+    """Loops over tiles, the largest that fit first: (rows of the tile, its first row, its block)."""
+    done: ir.Value = _int(0)
+    for size in sizes:
+        turns = builder.udiv(builder.sub(covered.rows, done), _int(size))
+        if size > 1:
+            allowed = builder.icmp_unsigned("<=", _int(size), covered.most)
+            turns = builder.select(allowed, turns, _int(0))
+        with cgutils.for_range(builder, turns) as outer:
+            row = builder.add(done, _index(builder, (outer.index, size)))
+            # Blocks inside: the rows of a tile stay in the first cache while a unit's weights pass.
+            with cgutils.for_range(builder, builder.sub(covered.last, covered.first)) as inner:
+                yield size, row, builder.add(covered.first, inner.index)
+        done = builder.add(done, _index(builder, (turns, size)))
 
 
 def _add_to_rows(builder: ir.IRBuilder, sums: list[ir.Value], y: ir.Value, stride: ir.Value) -> None:
@@ -46,25 +90,45 @@ def _add_to_rows(builder: ir.IRBuilder, sums: list[ir.Value], y: ir.Value, strid
         simd.store(builder, builder.fadd(simd.load(builder, row, f32x16.llvm), total), row)
 
 
+# ---- quantised -------------------------------------------------------------------------------
+
+
 def _broadcast_bytes(builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
     """4 bytes of x in every lane."""
     four = simd.load(builder, pointer, _I32)
     return builder.bitcast(simd.broadcast(builder, four, 16), i8x64.llvm)
 
 
+def _correction(builder: ir.IRBuilder, quant: str, total: ir.Value) -> ir.Value:
+    """What the offset of the stored weights adds to a product with a row of sum `total`, negated."""
+    offset = 8 if quant == "q4" else simd.bytes_offset()
+    return simd.broadcast(builder, builder.mul(total, ir.Constant(_I32, -offset)), 16)
+
+
 def _dot_group(
     builder: ir.IRBuilder, quant: str, registers: list[ir.Value], x: ir.Value, total: ir.Value
 ) -> ir.Value:
     """The integer products of one group: i32x16 of sum over 32 k of q[row, k] * x[k]."""
-    offset = 8 if quant == "q4" else simd.bytes_offset()
-    correction = builder.mul(total, ir.Constant(_I32, -offset))
     # Two chains, for the latency of the dot product; integer sums are exact in any order.
-    chains = [simd.broadcast(builder, correction, 16), simd.constant(i32x16.llvm, 0)]
+    chains = [_correction(builder, quant, total), simd.constant(i32x16.llvm, 0)]
     for j, weights in enumerate(registers):
         values = _broadcast_bytes(builder, _at(builder, x, 4 * j))
         dot = simd.dot4_nibbles if quant == "q4" else simd.dot4_bytes
         chains[j % 2] = dot(builder, chains[j % 2], weights, values)
     return builder.add(*chains)
+
+
+def _dot_groups(
+    builder: ir.IRBuilder, quant: str, registers: list[ir.Value], xs: list[ir.Value], totals: list[ir.Value]
+) -> list[ir.Value]:
+    """`_dot_group` of several rows: two at a time where the machine multiplies matrices of bytes."""
+    if not target.lowering().pairs or len(xs) == 1:
+        each = zip(xs, totals, strict=True)
+        return [_dot_group(builder, quant, registers, x, total) for x, total in each]
+    return [
+        builder.add(whole, _correction(builder, quant, total))
+        for whole, total in zip(simd.dot_pairs(builder, registers, xs), totals, strict=True)
+    ]
 
 
 def _load_group(builder: ir.IRBuilder, quant: str, record: ir.Value) -> tuple[list[ir.Value], ir.Value]:
@@ -75,33 +139,57 @@ def _load_group(builder: ir.IRBuilder, quant: str, record: ir.Value) -> tuple[li
     scales = simd.half_to_float(builder, bits)
     if quant == "q8":
         return raw, scales
-    low, shift = simd.constant(i8x64.llvm, 15), simd.constant(i8x64.llvm, 4)
-    halves = [(builder.and_(v, low), builder.lshr(v, shift)) for v in raw]
-    return [half for pair in halves for half in pair], scales
+    return [half for v in raw for half in simd.nibbles(builder, v)], scales
 
 
 def _prefetch(builder: ir.IRBuilder, record: ir.Value, size: int) -> None:
-    """Ask for the record AHEAD of this one. Past the end of the weights that asks for nothing."""
+    """Ask for the `size` bytes of a record into the second cache. Past the weights that asks for nothing."""
     i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-    read, keep, data = (ir.Constant(i32, value) for value in (0, 3, 1))
+    read, second, data = (ir.Constant(i32, value) for value in (0, 2, 1))
     for line in range(0, size, 64):
-        address = builder.bitcast(_at(builder, record, AHEAD * size + line), pointer)
-        simd.call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, keep, data])
+        address = builder.bitcast(_at(builder, record, line), pointer)
+        simd.call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, second, data])
 
 
-def quantized_tile(quant: str, rows: int) -> Any:
-    """A tile over q4 or q8 weights and quantised rows.
+def _quantized_tile(
+    builder: ir.IRBuilder, quant: str, rows: int, weights: ir.Value, x: _Rows, ahead: ir.Value
+) -> list[ir.Value]:
+    """The sums [rows] of one block, whose records start at `weights`; `ahead` in bytes."""
+    size = packing.RECORD_BYTES[quant]
+    sums = [cgutils.alloca_once_value(builder, simd.constant(f32x16.llvm, 0.0)) for _ in range(rows)]
+    with cgutils.for_range(builder, x.groups) as loop:
+        record = builder.gep(weights, [_index(builder, (loop.index, size))])
+        if rows >= PREFETCHING_ROWS:
+            _prefetch(builder, builder.gep(record, [ahead]), size)
+        registers, scales = _load_group(builder, quant, record)
+        places = [_index(builder, (x.groups, t), (loop.index, 1)) for t in range(rows)]
+        values = [builder.gep(x.values, [_index(builder, (at, packing.GROUP))]) for at in places]
+        totals = [builder.load(builder.gep(x.sums, [at])) for at in places]
+        wholes = _dot_groups(builder, quant, registers, values, totals)
+        for whole, at, total in zip(wholes, places, sums, strict=True):
+            scale = simd.broadcast(builder, builder.load(builder.gep(x.scales, [at])), 16)
+            product = builder.fmul(scales, scale)
+            real = builder.sitofp(whole, f32x16.llvm)
+            builder.store(simd.fma_values(builder, real, product, builder.load(total)), total)
+    return [builder.load(total) for total in sums]
 
-    tile(w, w_at, groups, xq, xs, xn, x_at, y, y_at, y_stride): weights at byte w_at of w; row t of x
-    is groups x_at + t * groups + 0..groups-1, each 32 bytes of xq, a scale in xs and a sum in xn.
+
+def quantized_product(quant: str, sizes: tuple[int, ...] = QUANTIZED_ROWS) -> Any:
+    """The product of q4 or q8 weights and quantised rows.
+
+    product(w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead): the
+    arguments of `matmul.matmul_q4`.
     """
 
     @intrinsic
-    def tile(
+    def product(
         typing: Any,
         w: Any,
         w_at: Any,
         groups: Any,
+        first: Any,
+        last: Any,
+        rows: Any,
         xq: Any,
         xs: Any,
         xn: Any,
@@ -109,57 +197,92 @@ def quantized_tile(quant: str, rows: int) -> Any:
         y: Any,
         y_at: Any,
         y_stride: Any,
+        most: Any,
+        ahead: Any,
     ) -> Any:
-        i64 = types.int64
-        signature = types.void(w, i64, i64, xq, xs, xn, i64, y, i64, i64)
+        i = types.int64
+        signature = types.void(w, i, i, i, i, i, xq, xs, xn, i, y, i, i, i, i)
 
         def body(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
-            _, w_at, groups, _, _, _, x_at, _, y_at, y_stride = args
-            data = [
-                context.make_array(sig.args[i])(context, builder, args[i]).data
-                if i in (0, 3, 4, 5, 7)
-                else None
-                for i in range(len(args))
-            ]
-            weights = builder.gep(data[0], [w_at])
-            sums = [cgutils.alloca_once_value(builder, simd.constant(f32x16.llvm, 0.0)) for _ in range(rows)]
-            with cgutils.for_range(builder, groups) as loop:
-                g = loop.index
-                record = builder.gep(weights, [_index(builder, (g, packing.RECORD_BYTES[quant]))])
-                if rows > 2:
-                    _prefetch(builder, record, packing.RECORD_BYTES[quant])
-                registers, scales = _load_group(builder, quant, record)
-                for t in range(rows):
-                    at = _index(builder, (x_at, 1), (groups, t), (g, 1))
-                    values = builder.gep(data[3], [_index(builder, (at, packing.GROUP))])
-                    total = builder.load(builder.gep(data[5], [at]))
-                    whole = _dot_group(builder, quant, registers, values, total)
-                    scale = simd.broadcast(builder, builder.load(builder.gep(data[4], [at])), 16)
-                    product = builder.fmul(scales, scale)
-                    real = builder.sitofp(whole, f32x16.llvm)
-                    builder.store(simd.fma_values(builder, real, product, builder.load(sums[t])), sums[t])
-            _add_to_rows(builder, [builder.load(s) for s in sums], builder.gep(data[7], [y_at]), y_stride)
+            w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead = (
+                context.make_array(kind)(context, builder, value).data
+                if isinstance(kind, types.Array)
+                else value
+                for kind, value in zip(sig.args, args, strict=True)
+            )
+            size = packing.RECORD_BYTES[quant]
+            distance = _index(builder, (ahead, size))
+            block_bytes = _index(builder, (groups, size))
+            for count, row, block in _each_tile(builder, _Range(first, last, rows, most), sizes):
+                weights = builder.gep(w, [builder.add(w_at, builder.mul(block, block_bytes))])
+                at = builder.add(x_at, builder.mul(row, groups))
+                values = builder.gep(xq, [_index(builder, (at, packing.GROUP))])
+                x = _Rows(values, builder.gep(xs, [at]), builder.gep(xn, [at]), groups)
+                sums = _quantized_tile(builder, quant, count, weights, x, distance)
+                out = builder.add(builder.mul(row, y_stride), _index(builder, (y_at, 1), (block, 16)))
+                _add_to_rows(builder, sums, builder.gep(y, [out]), y_stride)
             return context.get_dummy_value()
 
         return signature, body
 
-    return tile
+    return product
 
 
-def float_tile(quant: str, rows: int) -> Any:
-    """A tile over f32 or f16 weights and float rows.
+# ---- float -----------------------------------------------------------------------------------
 
-    tile(w, w_at, groups, x, x_at, x_stride, y, y_at, y_stride): row t of x starts at element
-    x_at + t * x_stride.
-    """
+
+def _float_tile(
+    builder: ir.IRBuilder,
+    quant: str,
+    rows: int,
+    weights: ir.Value,
+    x: ir.Value,
+    x_stride: ir.Value,
+    groups: ir.Value,
+) -> list[ir.Value]:
+    """The sums [rows] of one block."""
     size = 4 if quant == "f32" else 2
 
+    def load_weights(pointer: ir.Value) -> ir.Value:
+        if quant == "f32":
+            return simd.load(builder, pointer, f32x16.llvm)
+        return simd.half_to_float(builder, simd.load(builder, pointer, ir.VectorType(_I16, 16)))
+
+    zero = simd.constant(f32x16.llvm, 0.0)
+    sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(FLOAT_CHAINS)] for _ in range(rows)]
+    with cgutils.for_range(builder, _index(builder, (groups, packing.GROUP // FLOAT_CHAINS))) as loop:
+        base = builder.gep(weights, [_index(builder, (loop.index, FLOAT_CHAINS * 16 * size))])
+        for c in range(FLOAT_CHAINS):
+            lanes = load_weights(_at(builder, base, c * 16 * size))
+            for t in range(rows):
+                at = _index(builder, (x_stride, t), (loop.index, FLOAT_CHAINS))
+                value = builder.load(_at(builder, builder.gep(x, [at]), c))
+                spread = simd.broadcast(builder, value, 16)
+                total = simd.fma_values(builder, lanes, spread, builder.load(sums[t][c]))
+                builder.store(total, sums[t][c])
+    totals = []
+    for chains in sums:
+        a, b, c, d = (builder.load(s) for s in chains)
+        totals.append(builder.fadd(builder.fadd(a, b), builder.fadd(c, d)))
+    return totals
+
+
+def float_product(quant: str) -> Any:
+    """The product of f32 or f16 weights and float rows.
+
+    product(w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y_stride): the arguments of
+    `matmul.matmul_f16`.
+    """
+
     @intrinsic
-    def tile(
+    def product(
         typing: Any,
         w: Any,
         w_at: Any,
         groups: Any,
+        first: Any,
+        last: Any,
+        rows: Any,
         x: Any,
         x_at: Any,
         x_stride: Any,
@@ -167,39 +290,26 @@ def float_tile(quant: str, rows: int) -> Any:
         y_at: Any,
         y_stride: Any,
     ) -> Any:
-        i64 = types.int64
-        signature = types.void(w, i64, i64, x, i64, i64, y, i64, i64)
-
-        def load_weights(builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
-            if quant == "f32":
-                return simd.load(builder, pointer, f32x16.llvm)
-            return simd.half_to_float(builder, simd.load(builder, pointer, ir.VectorType(_I16, 16)))
+        i = types.int64
+        signature = types.void(w, i, i, i, i, i, x, i, i, y, i, i)
 
         def body(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
-            _, w_at, groups, _, x_at, x_stride, _, y_at, y_stride = args
-            data = {i: context.make_array(sig.args[i])(context, builder, args[i]).data for i in (0, 3, 6)}
-            zero = simd.constant(f32x16.llvm, 0.0)
-            sums = [
-                [cgutils.alloca_once_value(builder, zero) for _ in range(FLOAT_CHAINS)] for _ in range(rows)
-            ]
-            steps = builder.mul(groups, ir.Constant(_I64, packing.GROUP // FLOAT_CHAINS))
-            with cgutils.for_range(builder, steps) as loop:
-                base = _index(builder, (w_at, 1), (loop.index, FLOAT_CHAINS * 16 * size))
-                for c in range(FLOAT_CHAINS):
-                    weights = load_weights(builder, _at(builder, builder.gep(data[0], [base]), c * 16 * size))
-                    for t in range(rows):
-                        at = _index(builder, (x_at, 1), (x_stride, t), (loop.index, FLOAT_CHAINS))
-                        value = builder.load(_at(builder, builder.gep(data[3], [at]), c))
-                        spread = simd.broadcast(builder, value, 16)
-                        total = simd.fma_values(builder, weights, spread, builder.load(sums[t][c]))
-                        builder.store(total, sums[t][c])
-            totals = []
-            for chains in sums:
-                a, b, c, d = (builder.load(s) for s in chains)
-                totals.append(builder.fadd(builder.fadd(a, b), builder.fadd(c, d)))
-            _add_to_rows(builder, totals, builder.gep(data[6], [y_at]), y_stride)
+            w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y_stride = (
+                context.make_array(kind)(context, builder, value).data
+                if isinstance(kind, types.Array)
+                else value
+                for kind, value in zip(sig.args, args, strict=True)
+            )
+            block_bytes = _index(builder, (groups, packing.RECORD_BYTES[quant]))
+            covered = _Range(first, last, rows, _int(FLOAT_ROWS[0]))
+            for count, row, block in _each_tile(builder, covered, FLOAT_ROWS):
+                weights = builder.gep(w, [builder.add(w_at, builder.mul(block, block_bytes))])
+                here = builder.gep(x, [builder.add(x_at, builder.mul(row, x_stride))])
+                sums = _float_tile(builder, quant, count, weights, here, x_stride, groups)
+                out = builder.add(builder.mul(row, y_stride), _index(builder, (y_at, 1), (block, 16)))
+                _add_to_rows(builder, sums, builder.gep(y, [out]), y_stride)
             return context.get_dummy_value()
 
         return signature, body
 
-    return tile
+    return product

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from edgert.config import ACTIVATIONS, QUANTS, ModelSpec
 from edgert.errors import ConversionError
 from edgert.format import ErtFile, ErtWriter, ExitCalibration, declared
-from edgert.format.layout import PAGE, page_padded, stored_bytes
+from edgert.format.layout import LARGE_PAGE, PAGE, page_padded, stored_bytes
 from edgert.format.verify import check
 from edgert.format.writer import Disk
 
@@ -282,6 +282,29 @@ def test_late_metadata_fits_the_reserved_room(tmp_path: Path) -> None:
     with ErtFile.open(tmp_path / "m.ert") as file:
         assert file.metadata["errors"] == errors
         assert file.size == len(GOLDEN)
+
+
+def test_large_tensors_are_written_in_steps_that_end_at_large_pages(tmp_path: Path) -> None:
+    """What was just written stays in the system's memory, and so in pages as large as the steps."""
+    steps: list[tuple[int, int]] = []
+
+    class Recorded(io.FileIO):
+        def write(self, data: Any) -> int:
+            steps.append((self.tell(), len(data)))
+            return super().write(data)
+
+    class Recording(Disk):
+        def create(self, path: Path) -> BinaryIO:
+            return io.BufferedWriter(Recorded(path, "xb"), LARGE_PAGE)
+
+    spec = replace(TINY, vocab=1 << 17)
+    with ErtWriter(tmp_path / "m.ert", spec, dict.fromkeys(TINY_QUANTS, "f32"), disk=Recording()) as writer:
+        for name, tensor in writer.tensors.items():
+            pieces = range(0, tensor.nbytes, 999_999)
+            writer.write(name, (bytes(min(999_999, tensor.nbytes - at)) for at in pieces))
+        writer.finish()
+    assert all(at // LARGE_PAGE == (at + length - 1) // LARGE_PAGE for at, length in steps)
+    assert sum(length == LARGE_PAGE for _, length in steps) >= writer.size // LARGE_PAGE - 2 > 4
 
 
 class FullFile(io.FileIO):

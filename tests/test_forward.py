@@ -532,6 +532,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing() -> None:
             model.run([1] * 9)
         with pytest.raises(UsageError, match="0 rows"):
             model.run([])
+        for token in (-1, model.spec.vocab):
+            with pytest.raises(UsageError, match=f"token {token} in a forward, expected ids from 0 to"):
+                model.run([1, token])
+        for row in (-1, 2):
+            with pytest.raises(UsageError, match="expected rows from 0 to 1"):
+                model.run([1, 2], outputs=[0, row])
         with pytest.raises(UsageError, match="65 rows of logits"):
             model.run([1], outputs=[0] * 65)
         for parents in ([0], [-2], [-1, 1]):

@@ -145,6 +145,19 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(quant: str, seed: int, grou
     inputs.same(alone[-3], together[-3])
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("quant", QUANTISED)
+@pytest.mark.parametrize("tiling", [(1, 0), (2, 1), (4, 1000), (8, 3)])
+def test_the_tiling_changes_no_bit(quant: str, tiling: tuple[int, int]) -> None:
+    kernel = getattr(matmul, f"matmul_{quant}")
+    for rows in (1, 7, 15):
+        plain = quantised_case(quant, rows, "outlier", 5, 3, rows)
+        tiled = [a.copy() if isinstance(a, np.ndarray) else a for a in plain]
+        kernel(*plain)
+        kernel(*tiled, *tiling)
+        inputs.same(tiled[-3], plain[-3])
+
+
 @pytest.mark.parametrize("quant", inputs.QUANTS)
 def test_zero_padding_adds_nothing(quant: str) -> None:
     """K = 40 padded to 64, N = 20 padded to 32: the padded rows are +0 and the sums those of K."""

@@ -226,7 +226,7 @@ def instructions(kernel: Any) -> dict[str, int]:
 def compile_products() -> dict[str, Any]:
     """The quantised products compiled afresh: what comes from a cache has no assembler text."""
     i64, u8, i8, i32, f32 = numba.int64, numba.uint8, numba.int8, numba.int32, numba.float32
-    arguments = (u8[::1], *(i64,) * 5, i8[::1], f32[::1], i32[::1], i64, f32[::1], i64, i64)
+    arguments = (u8[::1], *(i64,) * 5, i8[::1], f32[::1], i32[::1], i64, f32[::1], *(i64,) * 4)
     kernels = {}
     for quant in ("q4", "q8"):
         function = getattr(matmul, f"matmul_{quant}").py_func

@@ -83,10 +83,14 @@ class ErtFile:
 def _map(path: Path) -> mmap.mmap:
     descriptor = open_regular(path)
     try:
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        mapping = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
         raise ModelFileError(
             f"cannot be mapped ({error}); check the file and the free address space"
         ) from None
     finally:
         os.close(descriptor)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel or a file system without large pages for files
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping

@@ -10,10 +10,6 @@ from edgert.kernels.matmul import Q8
 from edgert.kv_cache import KvCache
 from edgert.state import MAX_OUTPUTS, Layout, Rows, Weights, padded
 
-_UNIT_BYTES = 1 << 16
-"""Weights in one unit of a matrix product: 2 us at 30 GB/s, far above the cost of taking a unit and
-far below a layer's time, so that threads finish together."""
-
 
 class Builder:
     """Buffers and operations of one model at one engine configuration.
@@ -124,7 +120,7 @@ class Builder:
 
         chosen: x and y hold the rows whose logits are wanted, not all of them.
         """
-        matrix = self.weights.matrix(name)
+        matrix, tiling = self.weights.matrix(name), self.config.tiling
         record = (2048, 1024, 544, 288)[matrix.quant] * matrix.groups
         self._add(
             program.MATMUL,
@@ -134,7 +130,7 @@ class Builder:
             w_at=matrix.at,
             groups=matrix.groups,
             blocks=matrix.blocks,
-            unit=max(1, _UNIT_BYTES // record),
+            unit=max(1, tiling.unit_bytes // record),
             x=x.at,
             x_stride=x.stride,
             xq=x.quantized,
@@ -142,6 +138,8 @@ class Builder:
             y_stride=y.stride,
             bias=self.weights.vector(f"{name}_bias"),
             keep=add,
+            most=tiling.most,
+            ahead=tiling.ahead,
         )
 
     def heads(self, layer: int) -> None:

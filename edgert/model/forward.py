@@ -91,7 +91,7 @@ class Forward:
         count = len(tokens)
         first, last = layers or (self.spec.first_layer, self.spec.last_layer)
         goes_on = first > 0 and hidden is None
-        self._check(count, len(outputs), first, last)
+        self._check(tokens, outputs, first, last)
         if goes_on:
             self._check_left(count, first)
         self._left = None  # until this call is through
@@ -129,7 +129,9 @@ class Forward:
             self._execute(start, end)
             self._execute(*head)
 
-    def _check(self, count: int, outputs: int, first: int, last: int) -> None:
+    def _check(self, tokens: Sequence[int], outputs: Sequence[int], first: int, last: int) -> None:
+        """Compiled code trusts every number that passes here."""
+        count, vocab = len(tokens), self.spec.vocab
         if not self.spec.first_layer <= first <= last <= self.spec.last_layer:
             raise UsageError(
                 f"layers {first} to {last} in one forward, expected a range from {self.spec.first_layer} to "
@@ -137,8 +139,13 @@ class Forward:
             )
         if not 0 < count <= self.config.chunk:
             raise UsageError(f"{count} rows in one forward, expected 1 to {self.config.chunk}")
-        if outputs > MAX_OUTPUTS:
-            raise UsageError(f"{outputs} rows of logits in one forward, expected at most {MAX_OUTPUTS}")
+        if len(outputs) > MAX_OUTPUTS:
+            raise UsageError(f"{len(outputs)} rows of logits in one forward, expected at most {MAX_OUTPUTS}")
+        if min(tokens) < 0 or max(tokens) >= vocab:
+            wrong = next(token for token in tokens if not 0 <= token < vocab)
+            raise UsageError(f"token {wrong} in a forward, expected ids from 0 to {vocab - 1}")
+        if len(outputs) and not 0 <= min(outputs) <= max(outputs) < count:
+            raise UsageError(f"logits wanted of rows {list(outputs)}, expected rows from 0 to {count - 1}")
 
     def _check_left(self, count: int, first: int) -> None:
         """The last call's rows can go on from layer `first`, and the cache is as it left it."""

@@ -35,12 +35,12 @@ def _quantized(quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y
     _add(y, y_at, y_stride, first, total.reshape(rows, -1))
 
 
-def matmul_q4(w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride):
+def matmul_q4(w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most=8, ahead=0):
     """See kernels/matmul.py."""
     _quantized("q4", w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride)
 
 
-def matmul_q8(w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride):
+def matmul_q8(w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most=8, ahead=0):
     """See kernels/matmul.py."""
     _quantized("q8", w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride)
 
