@@ -5,44 +5,51 @@ from pathlib import Path
 from typing import Final
 
 from edgert.config import Quant, QuantSpec
+from edgert.converters.gguf.convert import convert_gguf
 from edgert.converters.hf import convert_hf
 from edgert.converters.report import ConversionReport, Progress
-from edgert.errors import ConversionError, NotAModelError, UnsupportedError
+from edgert.errors import ConversionError, NotAModelError, OptionError, UnsupportedError
 
-SUPPORTED: Final = "a Hugging Face folder (config.json, *.safetensors, tokenizer.json)"
+SUPPORTED: Final = "a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a .gguf file"
 
 
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
-    quant: Quant | QuantSpec = "q4",
+    quant: Quant | QuantSpec | None = None,
     progress: Progress | None = None,
     *,
     exits: str | os.PathLike[str] | None = None,
 ) -> ConversionReport:
     """Convert a model to an .ert file and report size and error of every tensor.
 
-    `source` is a Hugging Face folder; `quant` is one name for all matrices ("f32", "f16", "q8",
-    "q4") or a QuantSpec; `progress` is called after every slab; `exits` is a file of `edgert train exits`
-    (by default the folder's own exits.safetensors, if it has one). An existing `out` is replaced
-    when the conversion is complete; a conversion that fails leaves it as it was.
+    `source` is a Hugging Face folder, or a GGUF file or one of its parts; `quant` is one name for
+    all matrices ("f32", "f16", "q8", "q4") or a QuantSpec, by default q4 for a folder and for a
+    GGUF file what it has, as near as ours come; `progress` is called after every slab; `exits` is
+    a file of `edgert train exits` for a folder (by default its own exits.safetensors, if it has
+    one). An existing `out` is replaced when the conversion is complete; a conversion that fails
+    leaves it as it was.
     Raises NotAModelError, UnsupportedError, ConversionError or OptionError, each in one line.
     """
     source, out = Path(source), Path(out)
     if not os.path.lexists(source):
         raise NotAModelError(f"{source}: found no such file or folder, expected {SUPPORTED}; check the path")
-    if not source.is_dir():
-        raise _not_a_folder(source)
+    is_gguf = source.suffix.lower() == ".gguf" and source.is_file()
+    if not source.is_dir() and not is_gguf:
+        raise _not_a_model(source)
     if not out.parent.is_dir():
         raise ConversionError(f"{out}: found no folder {out.parent} to write to; make it first")
-    return convert_hf(source, out, quant, exits=exits, progress=progress)
+    if is_gguf:
+        if exits is not None:
+            raise OptionError(f"exits is {exits}; expected none for a GGUF file, convert the model's folder")
+        return convert_gguf(source, out, quant, progress=progress)
+    return convert_hf(source, out, quant or "q4", exits=exits, progress=progress)
 
 
-def _not_a_folder(source: Path) -> Exception:
-    kinds = {".gguf": "a GGUF file", ".onnx": "an ONNX model"}
-    if source.suffix.lower() in kinds:
+def _not_a_model(source: Path) -> Exception:
+    if source.suffix.lower() == ".onnx":
         return UnsupportedError(
-            f"{source}: found {kinds[source.suffix.lower()]}, which edgert does not convert yet, "
+            f"{source}: found an ONNX model, which edgert does not convert yet, "
             f"expected {SUPPORTED}; convert the model it was made from"
         )
     if source.suffix.lower() in (".safetensors", ".json"):

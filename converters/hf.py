@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +13,13 @@ from edgert.config import ModelSpec, Quant, QuantSpec
 from edgert.converters.architectures import Decoder, describe, source_name
 from edgert.converters.exits import EXITS_FILE, Exits, fingerprint, open_exits
 from edgert.converters.hf_config import HfConfig, parse_object, read_bytes, read_object, shown
-from edgert.converters.pipeline import quant_spec, write_model
+from edgert.converters.pipeline import ROPE, quant_spec, quants_of, write_model
+from edgert.converters.provenance import provenance
 from edgert.converters.report import ConversionReport, Progress
 from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor, open_folder
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
-from edgert.format import TensorDecl, declared
 from edgert.format.exits import EXITS_KEY
-
-ROPE: Final = "rope_frequencies"  # computed from the config, not in the checkpoint
+from edgert.format.tensors import TensorDecl, iter_declared
 
 
 class HfWeights:
@@ -41,6 +39,10 @@ class HfWeights:
             return self._decoder.rope_frequencies
         return self._tensors[source_name(name)].vector()
 
+    def stored_as(self, name: str) -> str:
+        """safetensors' name of a type, like BF16."""
+        return "" if name == ROPE else self._tensors[source_name(name)].dtype
+
 
 def convert_hf(
     folder: str | os.PathLike[str],
@@ -58,8 +60,14 @@ def convert_hf(
     cannot run, ConversionError for damaged files and a full disk, OptionError for `quant`.
     """
     folder, quant = Path(folder), quant_spec(quant)
-    decoder, tensors = _open(folder)
-    metadata = _metadata(folder)
+    if not (folder / "config.json").is_file():
+        raise NotAModelError(
+            f"{folder}: found no config.json, expected a Hugging Face model folder; "
+            "check the path or download the model"
+        )
+    tensors = open_folder(folder)
+    decoder, metadata = _decoder(folder, tensors), _metadata(folder)
+    check_tensors(decoder.spec, tensors, folder)
     heads = _exits(folder, exits, decoder.spec, tensors)
     if heads is not None:
         decoder = replace(decoder, spec=replace(decoder.spec, exits=heads.layers))
@@ -67,36 +75,8 @@ def convert_hf(
         check_tensors(decoder.spec, tensors, folder)
     tokenizer = _tokenizer_json(folder)
     weights = HfWeights(decoder, tensors)
-    return write_model(Path(out), decoder.spec, weights, quant, tokenizer, metadata, progress)
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """What is known of a folder before its weights are read."""
-
-    spec: ModelSpec
-    fingerprint: str  # names the model's weights (see converters/exits.py)
-
-
-def describe_folder(folder: str | os.PathLike[str]) -> Description:
-    """The model in a Hugging Face folder, checked as for a conversion; raises what `convert_hf` raises."""
-    folder = Path(folder)
-    decoder, tensors = _open(folder)
-    _tokenizer_json(folder)
-    return Description(decoder.spec, fingerprint(tensors[source_name("output_norm")]))
-
-
-def _open(folder: Path) -> tuple[Decoder, dict[str, SourceTensor]]:
-    """What the folder's config.json describes, and its tensors, all of which are there."""
-    if not (folder / "config.json").is_file():
-        raise NotAModelError(
-            f"{folder}: found no config.json, expected a Hugging Face model folder; "
-            "check the path or download the model"
-        )
-    tensors = open_folder(folder)
-    decoder = _decoder(folder, tensors)
-    check_tensors(decoder.spec, tensors, folder)
-    return decoder, tensors
+    quants = quants_of(decoder.spec, quant)
+    return write_model(Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress)
 
 
 def _exits(
@@ -123,7 +103,7 @@ def check_tensors(spec: ModelSpec, tensors: dict[str, SourceTensor], folder: Pat
     strangers = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     if spec.tied_embeddings:
         strangers.discard(source_name("output"))  # a copy of the embedding
-    for decl in declared(spec):
+    for decl in iter_declared(spec):
         if decl.name != ROPE:
             name = source_name(decl.name)
             _check_tensor(decl, name, tensors.get(name), folder)
@@ -174,11 +154,7 @@ def _tokenizer_json(folder: Path) -> bytes:
 def _metadata(folder: Path) -> dict[str, str]:
     """Where the file came from, and what chat needs beside the tokenizer."""
     config = _config(folder, "tokenizer_config.json")
-    metadata = {
-        # The name only: a path would tell where the user keeps things.
-        "source": folder.resolve().name.encode("utf-8", "replace").decode("utf-8"),
-        "converter": f"edgert {_version()}",
-    }
+    metadata = provenance(folder)
     template = _chat_template(folder, config)
     if template is not None:
         metadata["chat_template"] = template
@@ -210,10 +186,3 @@ def _token_text(value: Any) -> str | None:
     """A special token of tokenizer_config.json: text, or an object with its text as content."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) else None
-
-
-def _version() -> str:
-    try:
-        return version("edgert")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"

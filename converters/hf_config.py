@@ -63,11 +63,13 @@ class HfConfig:
         """Whether the key is there and not null."""
         return self.values.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number >= `least`; without a default the key is required."""
+    def integer(self, key: str, default: int | None = None, least: int = 1, most: int | None = None) -> int:
+        """A whole number from `least` to `most`; without a default the key is required."""
         value = self._value(key, default)
         if type(value) is not int or value < least:
             raise self._wrong(key, value, f"a whole number >= {least}")
+        if most is not None and value > most:
+            raise self._wrong(key, value, f"a whole number <= {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -16,26 +16,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
-from edgert.converters.quantize import Distortion, check_weights, dequantize, quantize_q4, quantize_q8
+from edgert.converters.quantize import (
+    Codes,
+    Distortion,
+    check_weights,
+    dequantize,
+    quantize_q4,
+    quantize_q8,
+)
 from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.errors import OptionError
-from edgert.format import ErtWriter, StoredTensor, TensorDecl, declared
+from edgert.format import ErtWriter, StoredTensor, declared
 from edgert.format.tensors import TOKENIZER
 from edgert.kernels.packing import BLOCK, pack_floats, pack_q4, pack_q8
 
 # Weights of one slab, 4 MB as float32: about 30 MB with everything derived from it. Smaller slabs
 # spend their time on calls, larger ones leave the cache and gain nothing.
 SLAB_WEIGHTS: Final = 1 << 20
+ROPE: Final = "rope_frequencies"
+"""The one tensor that no source has: it is computed from the configuration."""
 
 
 class WeightSource(Protocol):
     """The tensors of a model under the names of `edgert.format.declared`, whatever the file format."""
 
-    def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32]]:
+    def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32] | Codes]:
         """A matrix [N, K] in slabs of `slab_rows` rows, the last maybe shorter."""
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A vector, rope_frequencies among them."""
+
+    def stored_as(self, name: str) -> str:
+        """The source's own name for the type of a tensor, "" for one that it computes."""
 
 
 @dataclass(slots=True)
@@ -62,24 +74,33 @@ def quant_spec(quant: Quant | QuantSpec) -> QuantSpec:
     return spec
 
 
+def matrices(spec: ModelSpec) -> list[str]:
+    """The names of all matrices of a model."""
+    return [decl.name for decl in declared(spec) if decl.role == "matrix"]
+
+
+def quants_of(spec: ModelSpec, quant: QuantSpec) -> dict[str, Quant]:
+    """`embedding` for the token embedding, which is the output matrix too when they are tied."""
+    return {name: quant.embedding if name == "token_embedding" else quant.matrices for name in matrices(spec)}
+
+
 def write_model(
     out: Path,
     spec: ModelSpec,
     source: WeightSource,
-    quant: QuantSpec,
+    quants: Mapping[str, Quant],
     tokenizer_json: bytes | None,
     metadata: Mapping[str, str],
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Write the .ert file of a model; on any failure nothing is left on the disk.
 
+    `quants` gives the quantisation of every matrix by name; `quants_of` makes it of a QuantSpec.
     `metadata` is kept in the file beside `errors`, a JSON object of the relative error of every
     tensor that lost something. Raises ConversionError for weights that cannot be stored and for
     a full disk.
     """
     started = time.monotonic()
-    decls = declared(spec)
-    quants = {decl.name: _quant_of(decl, spec, quant) for decl in decls if decl.role == "matrix"}
     with ErtWriter(out, spec, quants, tokenizer_json, metadata) as writer:
         stored = [tensor for name, tensor in writer.tensors.items() if name != TOKENIZER]
         tally = _Tally(sum(tensor.nbytes for tensor in stored), progress)
@@ -96,11 +117,6 @@ def write_model(
     )
 
 
-def _quant_of(decl: TensorDecl, spec: ModelSpec, quant: QuantSpec) -> Quant:
-    """`embedding` for the token embedding, which is the output matrix too when they are tied."""
-    return quant.embedding if decl.name == "token_embedding" else quant.matrices
-
-
 def _write_tensor(
     writer: ErtWriter, tensor: StoredTensor, source: WeightSource, tally: _Tally
 ) -> TensorReport:
@@ -113,7 +129,8 @@ def _write_tensor(
         writer.write(tensor.name, values.astype("<f4", copy=False))
         tally.add(tensor.name, tensor.nbytes)
     quant: Quant = next(name for name in QUANTS if name == tensor.quant)
-    return TensorReport(tensor.name, tensor.shape, quant, tensor.nbytes, distortion.relative)
+    source_type = source.stored_as(tensor.name)
+    return TensorReport(tensor.name, tensor.shape, source_type, quant, tensor.nbytes, distortion.relative)
 
 
 def _records(
@@ -122,11 +139,21 @@ def _records(
     """The packed bytes of a matrix, whole blocks of rows at a time."""
     slab_rows = max(1, SLAB_WEIGHTS // (tensor.shape[1] * BLOCK)) * BLOCK
     for slab in source.rows(tensor.name, slab_rows):
-        packed, restored = encode(slab, tensor.quant, tensor.name)
-        if restored is not None:
-            distortion.add(slab, restored)
+        if isinstance(slab, Codes) and slab.fit(tensor.quant):
+            packed = pack_codes(slab, tensor.quant)
+        else:
+            weights = slab.floats() if isinstance(slab, Codes) else slab
+            packed, restored = encode(weights, tensor.quant, tensor.name)
+            if restored is not None:
+                distortion.add(weights, restored)
         yield packed
         tally.add(tensor.name, packed.nbytes)
+
+
+def pack_codes(codes: Codes, quant: str) -> NDArray[np.uint8]:
+    """Codes that fit `quant` to its record bytes; what they decode to is what they were."""
+    pack = pack_q4 if quant == "q4" else pack_q8
+    return pack(codes.values, codes.scales.astype(np.float16))
 
 
 def encode(

@@ -12,7 +12,7 @@ llama.cpp's `make_qx_quants` (ggml-quants.c), here over all groups of a slab at 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,8 @@ LARGEST: Final = {
     "q4": 7 * F16_MAX,
 }
 """The largest weight each quantisation can hold."""
+CODE_RANGE: Final = {"q8": (-127, 127), "q4": (-8, 7)}
+"""The integers of each quantisation that has a scale."""
 
 
 def check_weights(weights: Floats, quant: str, name: str) -> None:
@@ -96,7 +98,7 @@ def quantize_q4(
     return values, scales
 
 
-def dequantize(values: NDArray[np.int8], scales: NDArray[np.float16]) -> Floats:
+def dequantize(values: NDArray[np.int8], scales: NDArray[np.floating[Any]]) -> Floats:
     """int8 [N, K] and scales [N, ceil(K/32)] back to float32 [N, K]."""
     columns = values.shape[1]
     restored = values.astype(np.float32)
@@ -106,6 +108,29 @@ def dequantize(values: NDArray[np.int8], scales: NDArray[np.float16]) -> Floats:
     restored[:, :whole] = (cut * wide[:, : whole // GROUP, None]).reshape(len(values), whole)
     restored[:, whole:] *= wide[:, whole // GROUP :]
     return restored
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Weights that a source stores as we do: small integers, and one scale for every 32 of a row."""
+
+    values: NDArray[np.int8]  # [N, K]
+    scales: Floats  # [N, ceil(K/32)]
+
+    def floats(self) -> Floats:
+        """The weights, float32 [N, K]; not finite where a damaged scale is not."""
+        with np.errstate(all="ignore"):
+            return dequantize(self.values, self.scales)
+
+    def fit(self, quant: str) -> bool:
+        """Whether `quant` holds them without loss."""
+        if quant not in CODE_RANGE:
+            return False
+        low, high = CODE_RANGE[quant]
+        with np.errstate(over="ignore"):
+            exact = self.scales.astype(np.float16).astype(np.float32) == self.scales  # not so for a NaN
+        whole = bool(np.isfinite(self.scales).all() and exact.all())
+        return whole and bool(self.values.min() >= low and self.values.max() <= high)
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ class TensorReport:
 
     name: str
     shape: tuple[int, ...]
+    source_type: str  # as the source calls it: BF16, Q4_K; "" for what was computed
     quant: Quant
     nbytes: int  # stored, without page padding
     relative_error: float  # RMS of the rounding error over RMS of the weights; 0 for exact

@@ -13,6 +13,7 @@ of the last place of them.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from edgert.converters.hf_config import HfConfig, shown
 from edgert.errors import ConversionError, UnsupportedError
 
 Floats = NDArray[np.float32]
+
+# Published heads have up to 576 values; frequencies are made for half of what a config claims.
+MAX_HEAD_DIM: Final = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,11 @@ def make_rope(parameters: HfConfig, head_dim: int, positions: int) -> Rope:
     if theta <= 1:
         raise ConversionError(
             f"{parameters.where}: found rope_theta {theta}, expected a number > 1; "
+            "download the model's files again"
+        )
+    if head_dim > MAX_HEAD_DIM:
+        raise ConversionError(
+            f"{parameters.where}: found heads of {head_dim:,} values, expected at most {MAX_HEAD_DIM:,}; "
             "download the model's files again"
         )
     wavelengths = _wavelengths(theta, head_dim)

@@ -24,7 +24,7 @@ def split(
     layer: int,
     edge: str | os.PathLike[str],
     cloud: str | os.PathLike[str],
-    quant: Quant | QuantSpec = "q4",
+    quant: Quant | QuantSpec | None = None,
     progress: Progress | None = None,
     *,
     exits: str | os.PathLike[str] | None = None,
@@ -55,7 +55,7 @@ def split(
 def _whole(
     source: Path,
     edge: Path,
-    quant: Quant | QuantSpec,
+    quant: Quant | QuantSpec | None,
     progress: Progress | None,
     exits: str | os.PathLike[str] | None,
 ) -> Iterator[ErtFile]:
@@ -92,7 +92,7 @@ def _write_half(file: ErtFile, out: Path, part: tuple[int, int]) -> ConversionRe
         writer.finish()
     errors = json.loads(metadata.get("errors", "{}"))
     reports = tuple(
-        TensorReport(t.name, t.shape, t.quant, t.nbytes, errors.get(t.name, 0.0))  # type: ignore[arg-type]
+        TensorReport(t.name, t.shape, t.quant, t.quant, t.nbytes, errors.get(t.name, 0.0))  # type: ignore[arg-type]
         for t in writer.tensors.values()
         if t.name != TOKENIZER
     )

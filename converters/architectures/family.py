@@ -57,6 +57,9 @@ REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "pruned_heads": ({},),
 }
 
+# The deepest models published have fewer than 200.
+MAX_LAYERS: Final = 1 << 14
+
 _TOP_NAMES: Final = {
     "token_embedding": "model.embed_tokens.weight",
     "output_norm": "model.norm.weight",
@@ -131,7 +134,7 @@ def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> De
     try:
         spec = ModelSpec(
             architecture=config.text("model_type"),
-            layers=config.integer("num_hidden_layers"),
+            layers=layer_count(config),
             width=width,
             heads=heads,
             kv_heads=config.integer("num_key_value_heads", heads),
@@ -159,6 +162,11 @@ def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> De
     return Decoder(spec, rope.frequencies)
 
 
+def layer_count(config: HfConfig) -> int:
+    """`num_hidden_layers`, bounded before anything is made for each of them."""
+    return config.integer("num_hidden_layers", most=MAX_LAYERS)
+
+
 def window_size(config: HfConfig) -> int:
     """`sliding_window` where it is used: W lets position p see keys p - W + 1 to p; 4096 if absent.
 
@@ -172,7 +180,7 @@ def window_size(config: HfConfig) -> int:
 
 def layer_windows(config: HfConfig) -> tuple[int, ...]:
     """The windows of Qwen: per layer as `layer_types` says, or from `max_window_layers` up."""
-    layers = config.integer("num_hidden_layers")
+    layers = layer_count(config)
     size = window_size(config) if config.flag("use_sliding_window") else 0
     kinds = config.texts("layer_types")
     if not kinds:

@@ -1,6 +1,6 @@
 """Mistral (transformers' modeling_mistral.py): no biases, one sliding window for every layer."""
 
-from edgert.converters.architectures.family import Variant, window_size
+from edgert.converters.architectures.family import Variant, layer_count, window_size
 from edgert.converters.hf_config import HfConfig
 
 
@@ -12,4 +12,4 @@ def variant(config: HfConfig) -> Variant:
     size = window_size(config)
     if size:  # transformers applies the window whatever this says; a config that denies it is unclear
         config.refuse_unless("use_sliding_window", True)
-    return Variant(windows=(size,) * config.integer("num_hidden_layers"))
+    return Variant(windows=(size,) * layer_count(config))

@@ -11,12 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from edgert.cli.options import FILE, size_text, trust_text
+from edgert.cli.options import FILE, size_text
 from edgert.config import QUANTS, Quant
 from edgert.converters import ConversionReport, convert, split
 from edgert.errors import UsageError
-from edgert.format import ErtFile
-from edgert.format.exits import EXITS_KEY
+from edgert.format import ErtFile, ExitCalibration
 from edgert.format.verify import check
 
 
@@ -29,7 +28,11 @@ from edgert.format.verify import check
     metavar="OUT.ert",
     help="The file to write; two with --split: EDGE,CLOUD.",
 )
-@click.option("--quant", type=click.Choice(QUANTS), help="Precision of matrices. [default: q4]")
+@click.option(
+    "--quant",
+    type=click.Choice(QUANTS),
+    help="Precision of matrices. [default: q4; of a GGUF file, what it has]",
+)
 @click.option(
     "--split", "layer", type=int, metavar="LAYER", help="Write two halves, cut before this layer (hand-off)."
 )
@@ -42,7 +45,7 @@ from edgert.format.verify import check
 def convert_command(
     source: Path, output: str, quant: Quant | None, layer: int | None, exits: Path | None, as_json: bool
 ) -> None:
-    """Convert a Hugging Face model folder to one .ert file.
+    """Convert a Hugging Face model folder or a GGUF file to one .ert file.
 
     With --split, SOURCE may be an .ert file, and two files are written: the layers before LAYER with the
     exits among them, for the board, and the rest, for `edgert cloud`.
@@ -62,11 +65,9 @@ def convert_command(
             bar.update(task, description=name[-24:], completed=done_bytes, total=total_bytes)
 
         if layer is None:
-            reports: tuple[ConversionReport, ...] = (
-                convert(source, output, quant or "q4", progress, exits=exits),
-            )
+            reports: tuple[ConversionReport, ...] = (convert(source, output, quant, progress, exits=exits),)
         else:
-            reports = split(source, layer, outputs[0], outputs[1], quant or "q4", progress, exits=exits)
+            reports = split(source, layer, outputs[0], outputs[1], quant, progress, exits=exits)
     if as_json:
         rows = [_report_json(report) for report in reports]
         print(json.dumps(rows if layer is not None else rows[0]))
@@ -80,16 +81,30 @@ def _report_json(report: ConversionReport) -> dict[str, Any]:
 
 
 def _print_report(report: ConversionReport, output: Path) -> None:
-    table = Table("tensor", "shape", "type", "size", "error", box=None, pad_edge=False)
-    for column in (3, 4):
+    table = Table("tensor", "shape", "from", "type", "size", "error", box=None, pad_edge=False)
+    for column in (4, 5):
         table.columns[column].justify = "right"
     for tensor in report.tensors:
         shape = " x ".join(map(str, tensor.shape))
-        table.add_row(
-            tensor.name, shape, tensor.quant, size_text(tensor.nbytes), f"{tensor.relative_error:.2%}"
-        )
+        size, error = size_text(tensor.nbytes), f"{tensor.relative_error:.2%}"
+        table.add_row(tensor.name, shape, tensor.source_type, tensor.quant, size, error)
     Console(width=None if sys.stdout.isatty() else 100).print(table)
+    for line in _changes(report):
+        print(line)
     print(f"{output}: {size_text(output.stat().st_size)}, {report.seconds:.1f} s")
+
+
+def _changes(report: ConversionReport) -> list[str]:
+    """What became of each type of the source, and at what error."""
+    errors: dict[tuple[str, str], list[float]] = {}
+    for tensor in report.tensors:
+        if tensor.source_type:
+            errors.setdefault((tensor.source_type, tensor.quant), []).append(tensor.relative_error)
+    return [
+        f"{len(found):>5} tensors  {old:>8} -> {new:<4} "
+        + ("exact" if max(found) == 0 else f"rounded, error up to {max(found):.2%}")
+        for (old, new), found in errors.items()
+    ]
 
 
 @click.command("inspect")
@@ -110,15 +125,22 @@ def inspect_command(file: Path, as_json: bool) -> None:
     for name, value in spec.items():
         print(f"  {name:<16} {value}")
     for name, text in metadata.items():
-        if name == EXITS_KEY:
-            continue  # shown below, for people
         line = " ".join(text.split())
         print(f"  {name:<16} {line if len(line) <= 70 else line[:67] + '...'}")
     for layer, exit_ in exits.items():
-        print(f"  exit after {layer} layers, {trust_text(exit_)}")
+        print(f"  exit after {layer} layers: temperature {exit_.temperature:.3f}; {_trust(exit_)}")
     for t in tensors:
         shape = " x ".join(map(str, t.shape))
         print(f"  {t.name:<28} {shape:<16} {t.quant:<4} {size_text(t.nbytes):>12}")
+
+
+def _trust(exit_: ExitCalibration) -> str:
+    """What share of tokens an exit is sure of, and how often it is then right."""
+    found = ((least, *exit_.above(least)) for least in exit_.confidence if least in (0.0, 0.5, 0.8, 0.9))
+    return ", ".join(
+        f"{share:.0%} of tokens >= {least:g} sure, {agreed:.1%} of them as the whole model"
+        for least, share, agreed in found
+    )
 
 
 @click.command("verify")

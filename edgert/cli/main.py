@@ -25,7 +25,6 @@ _VERBS = {
     "probe": "device",
     "doctor": "device",
     "warmup": "device",
-    "train": "train",
     "demo": "demo",
 }
 

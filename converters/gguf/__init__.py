@@ -1,0 +1,1 @@
+"""GGUF files: read, decoded, and turned into what edgert stores."""

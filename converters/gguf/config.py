@@ -1,0 +1,264 @@
+"""From the metadata of a GGUF file to the model it describes.
+
+Keys are named after the architecture (`llama.block_count`). llama.cpp gives one name, "llama", to
+every model it computes like Llama; Mistral is one of them.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.config import ModelSpec
+from edgert.converters.architectures import Decoder
+from edgert.converters.gguf.reader import GgufFile, GgufTensor
+from edgert.converters.hf_config import HfConfig, shown
+from edgert.converters.rope import make_rope
+from edgert.errors import ConversionError, NotAModelError, UnsupportedError
+
+ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
+# llama.cpp computes Llama's rotary embedding on neighbouring dimensions and its converter reorders
+# the rows of q and k for it; the other architectures keep the two halves of a head apart, as we do.
+INTERLEAVED: Final = frozenset({"llama"})
+
+ROPE_FACTORS: Final = "rope_freqs.weight"
+"""[d/2]: what Llama 3 divides each frequency by; llama.cpp's converter computes it."""
+
+# What models of other architectures set, each with the values that change nothing.
+_REFUSED: Final[dict[str, tuple[object, ...]]] = {
+    "expert_count": (0,),
+    "use_parallel_residual": (False,),
+    "logit_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "attention.scale": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.causal": (True,),
+    "attention.sliding_window_pattern": (),
+    "attention.key_length_mla": (),
+    "rope.dimension_sections": (),
+    "rope.scale_linear": (1,),
+    "rope.scaling.yarn_ext_factor": (1, -1),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
+
+_TOP_NAMES: Final = {
+    "token_embedding": "token_embd.weight",
+    "output_norm": "output_norm.weight",
+    "output": "output.weight",
+}
+_LAYER_NAMES: Final = {
+    "attention_norm": "attn_norm.weight",
+    "q": "attn_q.weight",
+    "q_bias": "attn_q.bias",
+    "k": "attn_k.weight",
+    "k_bias": "attn_k.bias",
+    "v": "attn_v.weight",
+    "v_bias": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "o": "attn_output.weight",
+    "o_bias": "attn_output.bias",
+    "ffn_norm": "ffn_norm.weight",
+    "gate": "ffn_gate.weight",
+    "gate_bias": "ffn_gate.bias",
+    "up": "ffn_up.weight",
+    "up_bias": "ffn_up.bias",
+    "down": "ffn_down.weight",
+    "down_bias": "ffn_down.bias",
+}
+
+
+def gguf_name(name: str) -> str:
+    """The name llama.cpp gives a tensor of `edgert.format.declared`."""
+    if not name.startswith("layers."):
+        return _TOP_NAMES[name]
+    _, index, part = name.split(".")
+    return f"blk.{index}.{_LAYER_NAMES[part]}"
+
+
+def read_decoder(file: GgufFile, eos_ids: Iterable[int]) -> Decoder:
+    """The decoder of a GGUF file; `eos_ids` end its texts.
+
+    Raises UnsupportedError for an architecture or an option edgert does not compute, NotAModelError
+    for a GGUF file of something else, ConversionError for keys that are missing or impossible.
+    """
+    name = _architecture(file)
+    config = _own_keys(file, name)
+    for key, neutral in _REFUSED.items():
+        config.refuse_unless(key, *neutral)
+    layers, width = _layers(config, file), config.integer("embedding_length")
+    heads = _uniform(config, "attention.head_count")
+    head_dim = _head_dim(config, max(1, width // heads))
+    context = config.integer("context_length")
+    rope = make_rope(_rope_parameters(config, context), head_dim, context)
+    try:
+        spec = ModelSpec(
+            architecture=name,
+            layers=layers,
+            width=width,
+            heads=heads,
+            kv_heads=_uniform(config, "attention.head_count_kv", heads),
+            head_dim=head_dim,
+            ffn_width=_uniform(config, "feed_forward_length"),
+            vocab=_embedding(file).shape[0],
+            context=rope.context,
+            norm_eps=config.number("attention.layer_norm_rms_epsilon"),
+            tied_embeddings=gguf_name("output") not in file.tensors,
+            qkv_bias=_has(file, "q_bias"),
+            output_bias=_has(file, "o_bias"),
+            ffn_bias=_has(file, "gate_bias"),
+            qk_norm=name == "qwen3",
+            windows=_windows(config, name, layers, rope.context),
+            rope_theta=rope.theta,
+            rope_scaling=rope.kind,
+            rope_magnitude=rope.magnitude,
+            bos_id=_bos_id(file),
+            eos_ids=tuple(eos_ids),
+        )
+    except ValueError as error:
+        raise ConversionError(f"{config.where}: {error}; download the file again") from None
+    return Decoder(spec, _divided(rope.frequencies, file))
+
+
+def _architecture(file: GgufFile) -> str:
+    found = HfConfig(file.metadata, str(file.path))
+    kind = found.text("general.type", "model")
+    if kind != "model":
+        raise NotAModelError(
+            f"{file.path}: found a GGUF file of type {shown(kind)}, expected model; convert the model itself"
+        )
+    name = found.text("general.architecture")
+    if name not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{file.path}: found architecture {shown(name)}, expected one of {', '.join(ARCHITECTURES)}; "
+            "convert a model of a supported architecture"
+        )
+    return name
+
+
+def _own_keys(file: GgufFile, name: str) -> HfConfig:
+    """The architecture's keys without its name."""
+    prefix = f"{name}."
+    values = {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)}
+    plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
+    return HfConfig(plain, f"{file.path}: {name}")
+
+
+def _layers(config: HfConfig, file: GgufFile) -> int:
+    """No more than the file can hold: what comes next makes lists of so many."""
+    layers = config.integer("block_count")
+    if layers > len(file.tensors):
+        raise ConversionError(
+            f"{config.where}: found block_count {layers}, expected no more than the {len(file.tensors)} "
+            "tensors of the file; download the file again"
+        )
+    return layers
+
+
+def _embedding(file: GgufFile) -> GgufTensor:
+    tensor = file.tensors.get(gguf_name("token_embedding"))
+    if tensor is None or len(tensor.shape) != 2:
+        found = f"{list(tensor.shape)}" if tensor else "none"
+        raise ConversionError(
+            f"{file.path}: found {found} for token_embd.weight, expected a matrix; "
+            "convert a file that holds a whole model"
+        )
+    return tensor
+
+
+def _has(file: GgufFile, part: str) -> bool:
+    return gguf_name(f"layers.0.{part}") in file.tensors
+
+
+def _uniform(config: HfConfig, key: str, default: int | None = None) -> int:
+    """A number that some architectures give for each layer; edgert has one for all."""
+    value = config.values.get(key)
+    if not isinstance(value, list):
+        return config.integer(key, default)
+    if any(item != value[0] for item in value):
+        raise UnsupportedError(
+            f"{config.where}: found {key} {shown(value)}, expected one number for all layers; "
+            "convert another model"
+        )
+    return HfConfig(dict.fromkeys([key], *value[:1]), config.where).integer(key, default)
+
+
+def _head_dim(config: HfConfig, default: int) -> int:
+    """Keys, values and rotated dimensions are of one size in what edgert computes."""
+    head_dim = config.integer("attention.key_length", default)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if config.integer(key, head_dim) != head_dim:
+            raise UnsupportedError(
+                f"{config.where}: found {key} {config.values[key]} where keys take {head_dim}, "
+                "expected the same; convert another model"
+            )
+    return head_dim
+
+
+def _rope_parameters(config: HfConfig, context: int) -> HfConfig:
+    """The rotary embedding under the names of Hugging Face, whose rules are the same."""
+    kind = config.text("rope.scaling.type", "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise UnsupportedError(
+            f"{config.where}: found rope.scaling.type {shown(kind)}, expected none, linear or yarn; "
+            "convert another model"
+        )
+    theta = config.number("rope.freq_base", 10000.0)
+    where = f"{config.where}: rope"
+    if kind == "none":
+        return HfConfig({"rope_type": "default", "rope_theta": theta}, where)
+    factor = config.number("rope.scaling.factor", 1.0)
+    values: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": factor}
+    if kind == "yarn":
+        # ggml's rope_yarn multiplies attn_factor by YaRN's own 0.1 ln(factor) + 1.
+        magnitude = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+        values |= {
+            "original_max_position_embeddings": config.integer(
+                "rope.scaling.original_context_length", context
+            ),
+            "beta_fast": config.number("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": config.number("rope.scaling.yarn_beta_slow", 1.0),
+            "attention_factor": magnitude * config.number("rope.scaling.attn_factor", 1.0),
+        }
+    return HfConfig(values, where)
+
+
+def _divided(frequencies: NDArray[np.float32], file: GgufFile) -> NDArray[np.float32]:
+    """The frequencies over the factors of the file, if it has any."""
+    factors = file.tensors.get(ROPE_FACTORS)
+    if factors is None:
+        return frequencies
+    readable = factors.shape == frequencies.shape and factors.kind.decode
+    values = factors.vector() if readable else np.empty(0, np.float32)
+    if not (values.shape == frequencies.shape and (values > 0).all() and np.isfinite(values).all()):
+        raise ConversionError(
+            f"{file.path}: found {ROPE_FACTORS} of shape {list(factors.shape)} in {factors.kind.name}, "
+            f"expected {len(frequencies)} numbers > 0; download the file again"
+        )
+    divided: NDArray[np.float32] = frequencies / values
+    return divided
+
+
+def _windows(config: HfConfig, name: str, layers: int, context: int) -> tuple[int, ...]:
+    """Mistral's window, in every layer. Which layers of Qwen have one is not in the file."""
+    size = config.integer("attention.sliding_window", 0, least=0)
+    if size == 0 or size >= context:
+        return ()
+    if name != "llama":
+        raise UnsupportedError(
+            f"{config.where}: found attention.sliding_window {size} below the context of {context}, "
+            "expected none, for the file does not say which layers have it; convert the Hugging Face folder"
+        )
+    return (size,) * layers
+
+
+def _bos_id(file: GgufFile) -> int | None:
+    found = HfConfig(file.metadata, str(file.path))
+    key = "tokenizer.ggml.bos_token_id"
+    return found.integer(key, least=0) if found.has(key) else None
