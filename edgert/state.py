@@ -103,6 +103,7 @@ class RunState:
         width = max(config.chunk, MAX_OUTPUTS)
         self.rows: NDArray[np.int64] = np.zeros((TOKEN_WORDS, width), np.int64)  # see program.py
         self.paths: NDArray[np.int64] = np.zeros(MAX_OUTPUTS * PATH, np.int64)
+        self.tree: list[list[int]] = []  # slots from the top to each row of the last tree
 
     @property
     def nbytes(self) -> int:

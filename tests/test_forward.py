@@ -216,6 +216,44 @@ def test_a_tree_may_follow_a_tree(name: str) -> None:
         inputs.same(found, line.run([tokens[13], tokens[15], tokens[16]], outputs=[2]).copy())
 
 
+@EVERY
+@few
+@given(data=st.data())
+def test_a_tree_may_grow_level_by_level_and_from_a_kept_branch(name: str, data: st.DataObject) -> None:
+    parents = data.draw(trees())
+    count, prompt = len(parents), tokens_of(name, 60, 11)
+    tokens = tokens_of(name, 61, count)
+    cut = data.draw(st.integers(1, count))
+    kept = path_to(parents, data.draw(st.integers(0, count - 1)))
+    below = [row for row in range(count) if kept == path_to(parents, row)[: len(kept)]]
+    node = data.draw(st.sampled_from(below))  # a leaf grows here, once the branch is kept
+    with forward(name) as grown, forward(name) as whole:
+        for model in (grown, whole):
+            model.run(prompt)
+        expected = whole.run(tokens, parents=parents, outputs=range(count)).copy()
+        first = grown.run(tokens[:cut], parents=parents[:cut], outputs=range(cut)).copy()
+        inputs.same(first, expected[:cut])
+        if cut < count:
+            rest = count - cut
+            second = grown.run(tokens[cut:], parents=parents[cut:], behind=cut, outputs=range(rest)).copy()
+            inputs.same(second, expected[cut:])
+        grown.keep(kept)
+        parent = -1 if node == kept[-1] else node - len(kept)
+        leaf = grown.run([7], parents=[parent], behind=count - len(kept), outputs=[0]).copy()
+        whole.run([tokens[row] for row in path_to(parents, node)])
+        inputs.same(leaf, whole.run([7], outputs=[0]).copy())
+
+
+def test_a_tree_grows_only_from_rows_it_has() -> None:
+    with forward("gqa-q4-f16") as model:
+        model.run([1, 2])
+        model.run([3, 4], parents=[-1, 0])
+        with pytest.raises(UsageError, match="3 rows behind, expected at most the 2 of the tree"):
+            model.run([5], parents=[-1], behind=3)
+        with pytest.raises(UsageError, match="row 0 of a tree has parent 2"):
+            model.run([5], parents=[2], behind=2)
+
+
 @TWO
 def test_the_deepest_tree_is_a_sequence(name: str) -> None:
     tokens = tokens_of(name, 6, MAX_OUTPUTS)

@@ -54,7 +54,6 @@ class Forward:
         self._job = np.zeros(program.JOB_WORDS, np.int64)
         # Of the last call: its rows, the layer behind which they are, and the cache's lengths.
         self._left: tuple[int, int, tuple[int, ...]] | None = None
-        self._reached = -1  # behind how many layers the last call left its rows
         arrays = (weights.data, state.f, state.xq, state.xs, state.xn, self.cache.data)
         self.team = Team(
             config.threads, (code, reals, *arrays, state.rows, state.paths, self._job), len(code)
@@ -70,6 +69,7 @@ class Forward:
         *,
         outputs: Sequence[int] = (),
         parents: Sequence[int] | None = None,
+        behind: int = 0,
         layers: tuple[int, int] | None = None,
         hidden: NDArray[np.float32] | None = None,
         sequences: Sequence[int] | None = None,
@@ -78,9 +78,10 @@ class Forward:
 
         tokens: the rows' ids; `outputs`: the rows whose logits are wanted, at most MAX_OUTPUTS.
         parents: for a token tree, each row's parent row, -1 for the sequence itself; without it each
-        row follows the one before and the cache grows by all rows. After a tree the caller decides
-        with `cache.keep`. layers: a range [first, last) instead of all; hidden: float32 [T, D] rows to
-        start from instead of the tokens' embeddings. A range that does not start at 0 goes on, where no
+        row follows the one before and the cache grows by all rows. A tree may grow level by level:
+        `behind` of its rows were run before, and parents count them too. After a tree the caller decides
+        with `keep`. layers: a range [first, last) instead of all; hidden: float32 [T, D] rows to start
+        from instead of the tokens' embeddings. A range that does not start at 0 goes on, where no
         `hidden` is given, with the rows of the last call: those must have ended there, and have their
         slots in the cache already. sequences: for a cache of several, the sequence of each row; rows of
         different ones may stand side by side.
@@ -98,7 +99,7 @@ class Forward:
         rows, job = self.state.rows, self._job
         if not goes_on:
             rows[program.TOKEN, :count] = tokens
-            place(self.state, self.cache, count, parents, sequences)
+            place(self.state, self.cache, count, parents, behind, sequences)
         rows[program.OUTPUT, : len(outputs)] = outputs
         # One by one: assigning to a list of indices costs as much as a layer of a small model.
         job[program.ROWS], job[program.WANTED] = count, len(outputs)
@@ -112,6 +113,15 @@ class Forward:
                 self.cache.lengths[sequence] += 1
         self._left = count, last, tuple(self.cache.lengths)
         return self.hidden if head is None else self._rows(self._logits, len(outputs))[:, : self.spec.vocab]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Make a branch of the last tree, its rows from the top, part of the (first) sequence.
+
+        What grew below the branch can still be grown: row r is then row r - len(rows).
+        """
+        count = len(rows)
+        self.cache.keep([self.cache.length + row for row in rows])
+        self.state.tree = [path[count:] for path in self.state.tree[count:]]
 
     @property
     def hidden(self) -> NDArray[np.float32]:

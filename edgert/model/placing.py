@@ -16,6 +16,7 @@ def place(
     cache: KvCache,
     count: int,
     parents: Sequence[int] | None,
+    behind: int,
     sequences: Sequence[int] | None,
 ) -> None:
     """Fill in `state.rows` and, for a token tree, `state.paths`; arguments as of `Forward.run`.
@@ -24,9 +25,10 @@ def place(
     """
     if parents is None and sequences is None:
         cache.room_for(count)
+        state.tree.clear()
         _place_line(state.rows, cache.length, count)
     else:
-        _place_rows(state, cache, count, parents, sequences or [0] * count)
+        _place_rows(state, cache, count, parents, behind, sequences or [0] * count)
 
 
 def _place_line(rows: NDArray[np.int64], base: int, count: int) -> None:
@@ -37,34 +39,48 @@ def _place_line(rows: NDArray[np.int64], base: int, count: int) -> None:
 
 
 def _place_rows(
-    state: RunState, cache: KvCache, count: int, parents: Sequence[int] | None, sequences: Sequence[int]
+    state: RunState,
+    cache: KvCache,
+    count: int,
+    parents: Sequence[int] | None,
+    behind: int,
+    sequences: Sequence[int],
 ) -> None:
     if parents is not None and count > MAX_OUTPUTS:
         raise ContextLengthError(f"a tree of {count} nodes, expected at most {MAX_OUTPUTS}")
+    if not 0 <= behind <= len(state.tree) or (behind and any(sequences)):
+        raise UsageError(
+            f"{behind} rows behind, expected at most the {len(state.tree)} of the tree of the first sequence"
+        )
     for sequence in set(sequences):
         if not 0 <= sequence < len(cache.lengths):
             raise UsageError(f"a row of sequence {sequence}; the cache holds {len(cache.lengths)}")
-        cache.room_for(sum(s == sequence for s in sequences), sequence)
+        cache.room_for(behind + sum(s == sequence for s in sequences), sequence)
+    del state.tree[behind:]
     rows, slots = state.rows, list(cache.lengths)
+    slots[0] += behind
     for row, sequence in enumerate(sequences):
         rows[SEQUENCE, row] = sequence * cache.sequence_bytes
-        rows[SLOT, row] = slots[sequence]
+        slot = rows[SLOT, row] = slots[sequence]
         if parents is None:
-            rows[POSITION, row] = slots[sequence]
-            rows[DIRECT, row] = slots[sequence] + 1
+            rows[POSITION, row] = slot
+            rows[DIRECT, row] = slot + 1
         else:
-            _place_node(state, cache.lengths[sequence], row, parents[row], sequences)
+            parent = parents[row]
+            if not -1 <= parent < behind + row or (
+                not behind and parent >= 0 and sequences[parent] != sequence
+            ):
+                raise UsageError(f"row {row} of a tree has parent {parent}, expected -1 or an earlier row")
+            _place_node(state, cache.lengths[sequence], row, parent, slot)
         slots[sequence] += 1
 
 
-def _place_node(state: RunState, base: int, row: int, parent: int, sequences: Sequence[int]) -> None:
+def _place_node(state: RunState, base: int, row: int, parent: int, slot: int) -> None:
     """A node of a tree that grows behind position `base` of its sequence."""
-    if not -1 <= parent < row or (parent >= 0 and sequences[parent] != sequences[row]):
-        raise UsageError(f"row {row} of a tree has parent {parent}, expected -1 or an earlier row")
-    rows, paths = state.rows, state.paths.reshape(MAX_OUTPUTS, PATH)
-    depth = 0 if parent < 0 else int(rows[POSITION, parent]) - base + 1
-    if parent >= 0:
-        paths[row, :depth] = paths[parent, :depth]
-    paths[row, depth] = rows[SLOT, row]
-    rows[POSITION, row] = base + depth
-    rows[DIRECT, row] = base
+    path = [*(state.tree[parent] if parent >= 0 else ()), slot]
+    if len(path) > PATH:
+        raise UsageError(f"a tree of more than {PATH} levels")
+    state.tree.append(path)
+    state.paths[row * PATH : row * PATH + len(path)] = path
+    state.rows[POSITION, row] = base + len(path) - 1
+    state.rows[DIRECT, row] = base
