@@ -55,6 +55,11 @@ def cache_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     return config.sequences * region * (spec.last_layer - spec.first_layer) * spec.kv_heads
 
 
+def run_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+    """Memory of a run beside the weights: its cache and its buffers."""
+    return cache_bytes(spec, config) + buffer_bytes(spec, config)
+
+
 def plan(
     spec: ModelSpec,
     weight_bytes: int,
@@ -65,8 +70,12 @@ def plan(
     kv: KvType = "f16",
     chunk: int | None = None,
     sequences: int = 1,
+    draft_bytes: int = 0,
 ) -> EngineConfig:
-    """The configuration to run a model with; raises MemoryBudgetError when it cannot fit in `ram`."""
+    """The configuration to run a model with; raises MemoryBudgetError when it cannot fit in `ram`.
+
+    draft_bytes: what a draft model takes beside it.
+    """
     if kv not in KV_TYPES:
         raise OptionError(f"kv is {kv!r}; expected one of {', '.join(KV_TYPES)}")
     config = EngineConfig(
@@ -82,13 +91,15 @@ def plan(
     if budget is not None:
         compiling = 0 if jit.is_cached() else COMPILING_BYTES
         cache, buffers = cache_bytes(spec, config), buffer_bytes(spec, config)
-        need = BASE_BYTES + compiling + weight_bytes + cache + buffers
+        need = BASE_BYTES + compiling + weight_bytes + cache + buffers + draft_bytes
         if need > budget:
+            draft = f", the draft {_mib(draft_bytes)}" if draft_bytes else ""
+            less = " (after `edgert warmup` less)" if compiling else ""
             raise MemoryBudgetError(
                 f"ram is {_mib(budget)}, but this needs {_mib(need)}: weights {_mib(weight_bytes)}, a cache "
-                f"of {config.context} positions {_mib(cache)}, buffers {_mib(buffers)}, Python and kernels "
-                f"{_mib(BASE_BYTES + compiling)}{' (after `edgert warmup` less)' if compiling else ''}; "
-                f"give at least {_mib(need)}, or a smaller context"
+                f"of {config.context} positions {_mib(cache)}, buffers {_mib(buffers)}{draft}, Python and "
+                f"kernels {_mib(BASE_BYTES + compiling)}{less}; give at least {_mib(need)}, or a smaller "
+                "context"
             )
     return config
 

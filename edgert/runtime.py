@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgert.chat import render_chat
 from edgert.config import EngineConfig, KvType, ModelSpec, SamplingParams
+from edgert.decoding import Decoder
 from edgert.engine import Engine
 from edgert.errors import ModelFileError, OptionError, UsageError
 from edgert.events import Completion
@@ -22,6 +23,7 @@ from edgert.format.verify import check
 from edgert.generation import Generation, Turns
 from edgert.planner import plan
 from edgert.sampling import Sampler, log_probability
+from edgert.speculation import Draft, drafting
 from edgert.state import Weights
 from edgert.tokenizer import Tokenizer
 
@@ -35,6 +37,9 @@ def load(
     kv: KvType = "f16",
     chunk: int | None = None,
     check_tensors: bool = False,
+    draft: Draft | Sequence[Draft] | None = None,
+    tree: int | None = None,
+    draft_store: Draft | None = None,
 ) -> "Model":
     """Open an .ert file and make it ready to run.
 
@@ -44,6 +49,11 @@ def load(
     or "q8". chunk: rows of one prefill pass. None of them changes a bit of the output, `kv` aside.
     check_tensors: read the whole file and compare every checksum first.
 
+    draft: who guesses ahead, several tokens to be checked at once: a draft model's .ert file, "lookup"
+    (what followed the same words before), "exit" (the model's own lower layers), "auto" (all there
+    is), or several of them. The output is the same; speculation that does not pay is not used. tree:
+    most guesses checked at once, 2 to 64. draft_store: a file that keeps what lookup saw between runs.
+
     Raises ModelFileError for a file that cannot be used (ChecksumError for damaged tensors),
     MemoryBudgetError when it does not fit.
     """
@@ -51,8 +61,22 @@ def load(
         check(Path(path))
     file = ErtFile.open(Path(path))
     _check_whole(file)
-    config = plan(file.spec, file.size, threads=threads, ram=ram, context=context, kv=kv, chunk=chunk)
-    return Model(file, config)
+    guesses = None
+    if draft is not None:
+        guesses = drafting(file, draft, tree=tree, store=draft_store, threads=threads, context=context, kv=kv)
+    elif tree is not None or draft_store is not None:
+        raise OptionError("tree and draft_store belong to a draft; give draft as well")
+    config = plan(
+        file.spec,
+        file.size,
+        threads=threads,
+        ram=ram,
+        context=context,
+        kv=kv,
+        chunk=chunk,
+        draft_bytes=guesses.nbytes if guesses else 0,
+    )
+    return Model(file, config, guesses.decoder(file.spec.vocab) if guesses else None)
 
 
 class Model:
@@ -62,14 +86,14 @@ class Model:
     computed again.
     """
 
-    def __init__(self, file: ErtFile, config: EngineConfig) -> None:
+    def __init__(self, file: ErtFile, config: EngineConfig, decoder: Decoder | None = None) -> None:
         self._file = file
         self.spec: ModelSpec = file.spec
         self.config = config
         self.size = file.size  # bytes
         json_bytes = file.tokenizer_json()
         self._tokenizer = None if json_bytes is None else Tokenizer(json_bytes)
-        self._engine = Engine(Weights.of_file(file), config)
+        self._engine = Engine(Weights.of_file(file), config, decoder)
         self._turns = Turns()
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from edgert.cli.options import FILE, engine_options, sampling_options
+from edgert.cli.options import FILE, draft_options, engine_options, sampling_options
 from edgert.events import Completion
 from edgert.generation import Generation
 from edgert.runtime import Model, load
@@ -23,6 +23,7 @@ INTERRUPTED = 130
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead of text.")
 @click.option("--check-tensors", is_flag=True, help="Compare every checksum of the file first.")
 @sampling_options
+@draft_options
 @engine_options
 def run_command(file: Path, prompt: str | None, as_json: bool, **options: Any) -> int:
     """Continue a text: stream it to stdout, one line of timing to stderr."""
@@ -45,6 +46,7 @@ def run_command(file: Path, prompt: str | None, as_json: bool, **options: Any) -
 @click.argument("file", type=FILE)
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
 @sampling_options
+@draft_options
 @engine_options
 def chat_command(file: Path, system: str | None, **options: Any) -> int:
     """Talk with a model, in its own chat template. Ctrl-C stops an answer, Ctrl-D ends."""
@@ -72,16 +74,19 @@ def timing_line(done: Completion, load_s: float | None) -> str:
     """What a generation took, on one line."""
     t = done.timings
     loaded = "" if load_s is None else f"load {load_s:.2f} s | "
+    steps = done.stats.get("accepted_per_step")
+    draft = "" if steps is None else f"{steps:.2f} tokens per verification | "
     return (
         f"[{loaded}prompt {done.prompt_tokens} tokens, {t.prefill_tok_s:.1f} tok/s | first token "
         f"{t.first_token_s * 1000:.0f} ms | {len(done.tokens)} tokens, {t.decode_tok_s:.1f} tok/s | "
-        f"{done.finish_reason}]"
+        f"{draft}{done.finish_reason}]"
     )
 
 
 def _open(file: Path, options: dict[str, Any]) -> Model:
-    names = ("threads", "ram", "context", "kv", "chunk", "check_tensors")
-    return load(file, **{name: options[name] for name in names if name in options})
+    names = ("threads", "ram", "context", "kv", "chunk", "check_tensors", "tree", "draft_store")
+    given = {name: options[name] for name in names if name in options}
+    return load(file, draft=options["draft"] or None, **given)
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:

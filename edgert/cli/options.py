@@ -32,6 +32,25 @@ def engine_options(function: Command) -> Command:
     return function
 
 
+def draft_options(function: Command) -> Command:
+    """--draft, --tree and --draft-store: who guesses ahead. The output is the same with any of them."""
+    for option in (
+        click.option(
+            "--draft-store", type=FILE, metavar="FILE", help="Keep what lookup saw here, between runs."
+        ),
+        click.option("--tree", type=int, metavar="N", help="Most guesses checked at once. [default: 32]"),
+        click.option(
+            "--draft",
+            multiple=True,
+            metavar="FILE|lookup|exit|auto",
+            help="Guess ahead with a draft model's file, by looking up, with the model's own exits, or all "
+            "there is; may be repeated.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def sampling_options(function: Command) -> Command:
     """How tokens are chosen; names and meanings are those of the field."""
     for option in (

@@ -1,0 +1,198 @@
+"""Decides, step by step, whether guessing pays on this machine and how much of it."""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from itertools import accumulate
+
+from edgert.speculation.costs import RowCost
+from edgert.speculation.tree import MAX_NODES, TokenTree
+
+TRIAL = 3
+"""Steps after which a drafter that costs more than it brings is sent to rest: fewer would judge it by
+one unlucky guess, more would cost what the controller is there to save."""
+FIRST_REST, LONGEST_REST = 16, 1024
+"""Plain steps of a rest: doubled each time a trial fails, so that what never pays is asked ever less
+(a trial of at most three steps in a thousand), and what pays again is found within one rest."""
+SETTLED = 24
+"""Steps in a row of a drafter that pays after which its next rest is short again."""
+PLAIN_EVERY = 64
+"""Steps with guesses between two plain ones, which tell what a plain step takes now: a board that
+heats up slows both. Costs about a hundredth of what guessing gains."""
+_SMOOTHING = 0.1
+_TIMED_EVERY = 4
+"""Of the plain steps while all rest, every fourth is timed: keeping the figures costs some microseconds."""
+_FREE = 0.01
+"""Of a plain step: drafting that takes less is not worth judging."""
+
+
+class Recent:
+    """The median of the last few observations: one that was disturbed does not move it."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=5)
+        self.value = 0.0
+
+    def observe(self, value: float) -> None:
+        """One more observation."""
+        self._last.append(value)
+        self.value = sorted(self._last)[len(self._last) // 2]
+
+    @property
+    def known(self) -> bool:
+        """Whether there were enough for a median to mean something."""
+        return len(self._last) >= TRIAL
+
+
+@dataclass(slots=True)
+class Account:
+    """Whether one drafter earns what it costs, in plain steps; it rests after trials that failed."""
+
+    saved: float = 0.0  # plain steps saved per step it took part in, lately
+    steps: int = 0  # steps since the last rest
+    resting: int = 0  # plain steps until the next trial
+    next_rest: int = FIRST_REST
+    trials: int = 0  # that failed, since it last paid
+    judged: float = 0.0  # what it saved when it was last sent to rest
+
+    def settle(self, saved: float) -> None:
+        """It took part in a step and saved so many plain steps; negative: it cost them."""
+        self.steps += 1
+        self.saved += max(_SMOOTHING, 1 / self.steps) * (saved - self.saved)
+        # After a failed trial one look may be enough: it was seen to be of no use before.
+        enough = 1 if self.trials and saved <= 0 else TRIAL
+        if self.steps >= enough and self.saved < 0:
+            self.resting, self.next_rest = self.next_rest, min(2 * self.next_rest, LONGEST_REST)
+            self.steps, self.trials, self.judged = 0, self.trials + 1, self.saved
+        elif self.steps >= SETTLED:
+            self.next_rest, self.trials = FIRST_REST, 0
+
+    def reason(self) -> str:
+        """How it stands, for people."""
+        if self.resting:
+            return (
+                f"does not pay here: the last trial cost {-self.judged:.2f} plain steps a step; "
+                f"tried again in {self.resting} steps"
+            )
+        if not self.steps:
+            return "not tried yet"
+        return f"saves {self.saved:.2f} plain steps a step"
+
+
+class Controller:
+    """Costs and gains measured on the run itself; lives as long as the decoder, over many sequences.
+
+    A second is worth the tokens the machine makes in it now, with guesses or without. A node is grown,
+    and verified, where its probability of being taken exceeds what its time is worth: so the tree is
+    as large as pays, and no larger.
+    """
+
+    def __init__(self, names: list[str], most_nodes: int = MAX_NODES) -> None:
+        self.most_nodes = most_nodes
+        self.verify = RowCost()  # of the target
+        self.plain_s = Recent()  # seconds of a plain step
+        self.accounts = {name: Account() for name in names}
+        self._guessing_rate = 0.0  # tokens per second of steps with guesses, lately
+        self._since_plain = 0
+        self._steps = 0
+
+    def asked(self) -> list[str]:
+        """The drafters that take part in the next step; none: it is a plain one."""
+        if not self.plain_s.known or self._since_plain >= PLAIN_EVERY:
+            return []
+        return [name for name, account in self.accounts.items() if not account.resting]
+
+    def trying(self, names: list[str]) -> bool:
+        """Whether one of them has yet to show that it pays."""
+        return any(self.accounts[name].steps < TRIAL for name in names)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second that a second is worth: of plain steps, or of guessing if that is faster."""
+        plain = 1 / self.plain_s.value if self.plain_s.value > 0 else 0.0
+        return max(plain, self._guessing_rate)
+
+    def row_price(self) -> float:
+        """Tokens that one more verified row costs, on average over a tree of a likely size."""
+        few = min(8, self.most_nodes)
+        return self.rate * (self.verify.seconds(1 + few) - self.verify.seconds(1)) / few
+
+    def choose(self, tree: TokenTree, room: int, least: int) -> list[int]:
+        """The nodes to verify, without the root, parents first: as many of the most probable as pay.
+
+        room: most rows; least: nodes to verify in any case, so that a drafter on trial is judged.
+        """
+        ranked = tree.ranked()[: max(0, min(self.most_nodes, room) - 1)]
+        gains = accumulate(math.exp(tree.logprobs[node]) for node in ranked)
+        rate, count = self.rate, 0
+        best = -rate * self.verify.seconds(1)
+        for size, gain in enumerate(gains, 1):
+            value = gain - rate * self.verify.seconds(size + 1)
+            if value > best or size <= least:
+                best, count = max(best, value), size
+        return sorted(ranked[:count])
+
+    def plain_step(self, seconds: float, verify_s: float) -> None:
+        """A plain step took so long in all, and its forward so long."""
+        self.plain_s.observe(seconds)
+        self.verify.observe(1, verify_s)
+        self._since_plain = 0
+
+    def pass_step(self) -> bool:
+        """A step of any kind is over. Says whether this machine's plain steps should be timed now."""
+        self._steps += 1
+        for account in self.accounts.values():
+            if account.resting:
+                account.resting -= 1
+        return not self.plain_s.known or self._steps % _TIMED_EVERY == 0
+
+    def guessing_step(self, seconds: float, tokens: int, rows: int, verify_s: float) -> None:
+        """A step with guesses took so long, gave so many tokens, and verified so many rows."""
+        self._guessing_rate += _SMOOTHING * (tokens / seconds - self._guessing_rate)
+        self.verify.observe(rows, verify_s)
+        self._since_plain += 1
+
+    def settle(self, name: str, taken: int, nodes: int, verified: int, draft_s: float) -> None:
+        """Credit a drafter with the tokens taken from its nodes; charge its time and its share of rows."""
+        plain = self.plain_s.value
+        if plain == 0:
+            return
+        if not nodes and draft_s < _FREE * plain:
+            return  # it had nothing to say, and that cost nothing
+        extra = self.verify.seconds(1 + verified) - self.verify.seconds(1)
+        share = extra * nodes / verified if verified else 0.0
+        self.accounts[name].settle(taken - (draft_s + share) / plain)
+
+    def reason(self) -> str:
+        """Why it guesses or does not, in one line."""
+        return "; ".join(f"{name}: {account.reason()}" for name, account in self.accounts.items())
+
+
+class Steady(Controller):
+    """Guesses at every step, with the most probable nodes, whether it pays or not: to measure what drafts
+    are worth, and to test that none of it changes the output."""
+
+    def asked(self) -> list[str]:
+        """All, always."""
+        return list(self.accounts)
+
+    @property
+    def rate(self) -> float:
+        """Time costs nothing."""
+        return 0.0
+
+    def row_price(self) -> float:
+        """A node that is hardly ever taken is not worth growing even so."""
+        return 0.01
+
+    def choose(self, tree: TokenTree, room: int, least: int) -> list[int]:
+        """As many as there may be."""
+        return sorted(tree.ranked()[: max(0, min(self.most_nodes, room) - 1)])
+
+    def settle(self, name: str, taken: int, nodes: int, verified: int, draft_s: float) -> None:
+        """Nobody is sent to rest."""
+        self.accounts[name].steps += 1
+
+    def reason(self) -> str:
+        """See `Controller`."""
+        return "told to guess at every step"
