@@ -19,7 +19,7 @@ from edgert.converters.report import ConversionReport, Progress
 from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor, open_folder
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
 from edgert.format.exits import EXITS_KEY
-from edgert.format.tensors import TensorDecl, iter_declared
+from edgert.format.tensors import iter_declared, matrices_in
 
 
 class HfWeights:
@@ -31,17 +31,21 @@ class HfWeights:
 
     def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32]]:
         """A matrix in slabs of rows."""
-        return self._tensors[source_name(name)].rows(slab_rows)
+        factor = np.float32(self._decoder.factor(name))
+        for slab in self._tensors[self._decoder.source_name(name)].rows(slab_rows):
+            yield slab if factor == 1 else slab * factor
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A norm, a bias, or the rotary frequencies."""
         if name == ROPE:
             return self._decoder.rope_frequencies
-        return self._tensors[source_name(name)].vector()
+        factor = np.float32(self._decoder.factor(name))
+        values = self._tensors[self._decoder.source_name(name)].vector()
+        return values if factor == 1 else values * factor
 
     def stored_as(self, name: str) -> str:
         """safetensors' name of a type, like BF16."""
-        return "" if name == ROPE else self._tensors[source_name(name)].dtype
+        return "" if name == ROPE else self._tensors[self._decoder.source_name(name)].dtype
 
 
 def convert_hf(
@@ -67,12 +71,13 @@ def convert_hf(
         )
     tensors = open_folder(folder)
     decoder, metadata = _decoder(folder, tensors), _metadata(folder)
-    check_tensors(decoder.spec, tensors, folder)
+    tensors = decoder.split(tensors)
+    _check_tensors(decoder, tensors, folder)
     heads = _exits(folder, exits, decoder.spec, tensors)
     if heads is not None:
         decoder = replace(decoder, spec=replace(decoder.spec, exits=heads.layers))
         tensors, metadata = tensors | heads.tensors, metadata | {EXITS_KEY: heads.metadata}
-        check_tensors(decoder.spec, tensors, folder)
+        _check_tensors(decoder, tensors, folder)
     tokenizer = _tokenizer_json(folder)
     weights = HfWeights(decoder, tensors)
     quants = quants_of(decoder.spec, quant)
@@ -98,15 +103,19 @@ def _decoder(folder: Path, tensors: dict[str, SourceTensor]) -> Decoder:
     return decoder
 
 
-def check_tensors(spec: ModelSpec, tensors: dict[str, SourceTensor], folder: Path) -> None:
+def _check_tensors(decoder: Decoder, tensors: dict[str, SourceTensor], folder: Path) -> None:
     """Every tensor of the spec is there, in its shape and a type we read, and no other is."""
+    spec = decoder.spec
     strangers = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     if spec.tied_embeddings:
         strangers.discard(source_name("output"))  # a copy of the embedding
     for decl in iter_declared(spec):
-        if decl.name != ROPE:
-            name = source_name(decl.name)
-            _check_tensor(decl, name, tensors.get(name), folder)
+        if decl.name == ROPE:
+            continue
+        parts: list[tuple[str, tuple[int, ...]]] = [(part, (n, k)) for part, n, k in matrices_in(decl)]
+        for part, shape in parts or [(decl.name, decl.shape)]:
+            name = decoder.source_name(part)
+            _check_tensor(shape, name, tensors.get(name), folder)
             strangers.discard(name)
     if strangers:
         raise UnsupportedError(
@@ -115,10 +124,10 @@ def check_tensors(spec: ModelSpec, tensors: dict[str, SourceTensor], folder: Pat
         )
 
 
-def _check_tensor(decl: TensorDecl, name: str, found: SourceTensor | None, folder: Path) -> None:
+def _check_tensor(shape: tuple[int, ...], name: str, found: SourceTensor | None, folder: Path) -> None:
     if found is None:
         raise ConversionError(
-            f"{folder}: found no tensor {name}, expected one of shape {list(decl.shape)}; "
+            f"{folder}: found no tensor {name}, expected one of shape {list(shape)}; "
             "download the model's files again"
         )
     if found.dtype not in ITEM_BYTES:
@@ -126,9 +135,9 @@ def _check_tensor(decl: TensorDecl, name: str, found: SourceTensor | None, folde
             f"{found.path}: found {name} as {shown(found.dtype)}, expected {', '.join(ITEM_BYTES)}; "
             "convert the model that was not quantised"
         )
-    if found.shape != decl.shape:
+    if found.shape != shape:
         raise ConversionError(
-            f"{found.path}: found {name} of shape {list(found.shape)}, expected {list(decl.shape)} from "
+            f"{found.path}: found {name} of shape {list(found.shape)}, expected {list(shape)} from "
             "config.json; download the model's files again"
         )
 

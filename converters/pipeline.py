@@ -27,7 +27,7 @@ from edgert.converters.quantize import (
 from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.errors import OptionError
 from edgert.format import ErtWriter, StoredTensor, declared
-from edgert.format.tensors import TOKENIZER
+from edgert.format.tensors import TOKENIZER, matrices_in
 from edgert.kernels.packing import BLOCK, pack_floats, pack_q4, pack_q8
 
 # Weights of one slab, 4 MB as float32: about 30 MB with everything derived from it. Smaller slabs
@@ -75,8 +75,8 @@ def quant_spec(quant: Quant | QuantSpec) -> QuantSpec:
 
 
 def matrices(spec: ModelSpec) -> list[str]:
-    """The names of all matrices of a model."""
-    return [decl.name for decl in declared(spec) if decl.role == "matrix"]
+    """The names of all matrices and experts of a model: what has a choice of precision."""
+    return [decl.name for decl in declared(spec) if decl.role in ("matrix", "expert")]
 
 
 def quants_of(spec: ModelSpec, quant: QuantSpec) -> dict[str, Quant]:
@@ -121,7 +121,7 @@ def _write_tensor(
     writer: ErtWriter, tensor: StoredTensor, source: WeightSource, tally: _Tally
 ) -> TensorReport:
     distortion = Distortion()
-    if tensor.role == "matrix":
+    if matrices_in(tensor):
         writer.write(tensor.name, _records(tensor, source, distortion, tally))
     else:
         values = source.vector(tensor.name)
@@ -129,25 +129,26 @@ def _write_tensor(
         writer.write(tensor.name, values.astype("<f4", copy=False))
         tally.add(tensor.name, tensor.nbytes)
     quant: Quant = next(name for name in QUANTS if name == tensor.quant)
-    source_type = source.stored_as(tensor.name)
+    source_type = source.stored_as(next((name for name, _, _ in matrices_in(tensor)), tensor.name))
     return TensorReport(tensor.name, tensor.shape, source_type, quant, tensor.nbytes, distortion.relative)
 
 
 def _records(
     tensor: StoredTensor, source: WeightSource, distortion: Distortion, tally: _Tally
 ) -> Iterator[NDArray[np.uint8]]:
-    """The packed bytes of a matrix, whole blocks of rows at a time."""
-    slab_rows = max(1, SLAB_WEIGHTS // (tensor.shape[1] * BLOCK)) * BLOCK
-    for slab in source.rows(tensor.name, slab_rows):
-        if isinstance(slab, Codes) and slab.fit(tensor.quant):
-            packed = pack_codes(slab, tensor.quant)
-        else:
-            weights = slab.floats() if isinstance(slab, Codes) else slab
-            packed, restored = encode(weights, tensor.quant, tensor.name)
-            if restored is not None:
-                distortion.add(weights, restored)
-        yield packed
-        tally.add(tensor.name, packed.nbytes)
+    """The packed bytes of a matrix, or of the three of an expert, whole blocks of rows at a time."""
+    for name, _, columns in matrices_in(tensor):
+        slab_rows = max(1, SLAB_WEIGHTS // (columns * BLOCK)) * BLOCK
+        for slab in source.rows(name, slab_rows):
+            if isinstance(slab, Codes) and slab.fit(tensor.quant):
+                packed = pack_codes(slab, tensor.quant)
+            else:
+                weights = slab.floats() if isinstance(slab, Codes) else slab
+                packed, restored = encode(weights, tensor.quant, name)
+                if restored is not None:
+                    distortion.add(weights, restored)
+            yield packed
+            tally.add(tensor.name, packed.nbytes)
 
 
 def pack_codes(codes: Codes, quant: str) -> NDArray[np.uint8]:

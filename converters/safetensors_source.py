@@ -8,7 +8,7 @@ are those of https://github.com/huggingface/safetensors#format.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
@@ -45,6 +45,12 @@ class SourceTensor:
             count = min(slab_rows, rows - start)
             raw = self._read(start * row_bytes, count * row_bytes)
             yield _to_float32(raw, self.dtype).reshape(count, columns)
+
+    def part(self, first: int, rows: int, columns: int) -> "SourceTensor":
+        """Rows first.. of a matrix, or of a stack of them, as a tensor of its own."""
+        row_bytes = columns * ITEM_BYTES[self.dtype]
+        at, nbytes = self.offset + first * row_bytes, rows * row_bytes
+        return replace(self, shape=(rows, columns), offset=at, nbytes=nbytes)
 
     def vector(self) -> NDArray[np.float32]:
         """The whole tensor, flattened, as float32."""

@@ -1,7 +1,7 @@
 """What a model is and how it is run: frozen dataclasses, no behaviour beyond validation.
 
 Letters used for shapes throughout: T tokens (rows), D model width, H query heads,
-K key/value heads, d head size, F feed-forward width, V vocabulary, L layers, G groups of 32.
+K key/value heads, d head size, F feed-forward width, E experts, V vocabulary, L layers, G groups of 32.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -17,7 +17,11 @@ Activation = Literal["silu", "relu", "relu2", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "relu", "relu2", "gelu_tanh")
 
 
-_SPECIAL = ("part", "exits")
+_OF_EXPERTS = (
+    *("joint_qk_norm", "experts", "active_experts", "expert_width"),
+    *("shared_width", "normalized_routing", "dense_layers"),
+)
+_SPECIAL = ("part", "exits", *_OF_EXPERTS)
 """Fields of ModelSpec that most files leave out, so that an older edgert still reads those."""
 
 
@@ -45,6 +49,13 @@ class ModelSpec:
     rope_theta: float = 10000.0  # informative: the frequencies themselves are a tensor
     rope_scaling: str = "default"  # informative
     rope_magnitude: float = 1.0  # multiplies cos and sin (YaRN's attention factor)
+    joint_qk_norm: bool = False  # RMSNorm over all heads of q, and of k, together before RoPE
+    experts: int = 0  # E, in every layer but the dense ones; 0: no layer has experts
+    active_experts: int = 0  # experts per token
+    expert_width: int = 0  # F of one expert
+    shared_width: int = 0  # F of the expert that every token takes, behind a sigmoid; 0: there is none
+    normalized_routing: bool = False  # the weights of a token's experts are divided by their sum
+    dense_layers: tuple[int, ...] = ()  # of a model with experts: layers with a feed-forward instead
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     part: tuple[int, ...] = ()  # of a split model: the layers [first, last) this file holds; () for all
@@ -62,7 +73,7 @@ class ModelSpec:
         if extra:
             raise ValueError(f"unknown fields {sorted(extra)}")
         given = dict(values)
-        for name in ("windows", "eos_ids", "part", "exits"):
+        for name in ("windows", "eos_ids", "part", "exits", "dense_layers"):
             if name in given:
                 given[name] = tuple(given[name])
         return cls(**given)
@@ -96,9 +107,13 @@ class ModelSpec:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1e38:
                 raise ValueError(f"{name} is {value!r}, expected a number >= 0")
-        for name in ("tied_embeddings", "qkv_bias", "output_bias", "ffn_bias", "qk_norm"):
+        flags = ("tied_embeddings", "qkv_bias", "output_bias", "ffn_bias")
+        for name in (*flags, "qk_norm", "joint_qk_norm", "normalized_routing"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected true or false")
+        if self.qk_norm and self.joint_qk_norm:
+            raise ValueError("qk_norm and joint_qk_norm are both true, expected at most one")
+        self._check_experts()
         ids = self.eos_ids if self.bos_id is None else (*self.eos_ids, self.bos_id)
         if any(type(i) is not int or not 0 <= i < self.vocab for i in ids):
             raise ValueError(f"bos_id and eos_ids are {ids}, expected ids below vocab {self.vocab}")
@@ -117,6 +132,36 @@ class ModelSpec:
     def held_exits(self) -> tuple[int, ...]:
         """The exits whose heads this file holds: those of its layers."""
         return tuple(k for k in self.exits if self.first_layer < k <= self.last_layer)
+
+    def _check_experts(self) -> None:
+        for name in ("experts", "active_experts", "expert_width", "shared_width"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 1 << 31:
+                raise ValueError(f"{name} is {value!r}, expected a whole number >= 0")
+        if not self.experts:
+            if any(getattr(self, name) for name in _OF_EXPERTS):
+                raise ValueError(f"experts is 0, expected a number above 0, or none of {_OF_EXPERTS}")
+            return
+        if not 0 < self.active_experts <= self.experts:
+            raise ValueError(f"active_experts is {self.active_experts}, expected 1 to {self.experts}")
+        if not self.expert_width:
+            raise ValueError("expert_width is 0, expected a positive whole number")
+        if self.ffn_bias:
+            raise ValueError("ffn_bias is true in a model with experts, expected false")
+        layers = self.dense_layers
+        if any(type(i) is not int or not 0 <= i < self.layers for i in layers) or sorted(set(layers)) != [
+            *layers
+        ]:
+            raise ValueError(f"dense_layers is {layers!r}, expected layers in ascending order")
+
+    @property
+    def has_dense_layers(self) -> bool:
+        """Whether any layer has a feed-forward that every token takes alone."""
+        return not self.experts or len(self.dense_layers) > 0
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer routes its tokens to experts."""
+        return self.experts > 0 and layer not in self.dense_layers
 
     def window(self, layer: int) -> int:
         """Keys visible in this layer, counting the token itself; 0 for all."""
@@ -139,6 +184,10 @@ class Tiling:
     ahead: int = 64  # (block, group) records prefetched ahead by a tile of 4 or more rows
     unit_bytes: int = 1 << 16  # weights in one unit of work: 2 us at 30 GB/s, far above the cost of
     # taking a unit and far below a layer's time, so that threads finish together
+
+    def unit_blocks(self, block_bytes: int) -> int:
+        """Blocks of 16 rows in one unit."""
+        return max(1, self.unit_bytes // block_bytes)
 
 
 @dataclass(frozen=True, slots=True)

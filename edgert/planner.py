@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 from edgert.config import KV_TYPES, EngineConfig, KvType, ModelSpec
 from edgert.errors import MemoryBudgetError, OptionError
@@ -39,10 +40,27 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def require_memory(count: int, what: str) -> None:
+    """Raise MemoryBudgetError where the machine has fewer bytes left than `what` takes."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        free = int(text.split("MemAvailable:")[1].split()[0]) << 10
+    except (OSError, IndexError, ValueError):
+        return  # no way to know
+    if count > free:
+        raise MemoryBudgetError(
+            f"{what} takes {_mib(count)}, but {_mib(free)} of memory are available; choose a smaller one"
+        )
+
+
 def buffer_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """Memory of the run's buffers: some float rows per token of a chunk, and the logits."""
-    row = 2 * spec.width + (2 * spec.heads + 2 * spec.kv_heads + 1) * spec.head_dim + 2 * spec.ffn_width
-    quantized = spec.width + spec.heads * spec.head_dim + spec.ffn_width
+    inner = (spec.ffn_width if spec.has_dense_layers else 0) + spec.shared_width
+    row = 2 * spec.width + (2 * spec.heads + 2 * spec.kv_heads + 1) * spec.head_dim + 2 * inner
+    row += spec.active_experts * (spec.width + 2 * spec.expert_width + 8) + spec.experts
+    row += spec.width if spec.shared_width else 0
+    quantized = spec.width + spec.heads * spec.head_dim + inner
+    quantized += spec.active_experts * (spec.width + spec.expert_width)
     logits = MAX_OUTPUTS * (spec.vocab + (2 if spec.held_exits else 1) * spec.width)
     scratch = config.threads * MOST_HEADS * (config.context + spec.head_dim + 48)
     return 4 * (config.chunk * row + logits + scratch) + config.chunk * quantized * 5 // 4

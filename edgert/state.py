@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgert.config import QUANTS, EngineConfig, ModelSpec
 from edgert.format import ErtFile, StoredTensor
+from edgert.format.tensors import expert_name
 from edgert.kernels import packing
 from edgert.kernels.program import PATH, TOKEN_WORDS
 
@@ -54,6 +55,21 @@ class Weights:
         """The byte where a float32 vector starts; -1 where the model has none of that name."""
         return self.tensors[name].offset if name in self.tensors else -1
 
+    def expert_table(self) -> NDArray[np.int64]:
+        """Where each expert lies in `data`, and its precision: int64 [L, E, 2]; -1 in a dense layer."""
+        spec = self.spec
+        table = np.full((spec.layers, max(1, spec.experts), 2), -1, np.int64)
+        for layer in range(spec.first_layer, spec.last_layer):
+            for expert in range(spec.experts if spec.has_experts(layer) else 0):
+                tensor = self.tensors[expert_name(layer, expert)]
+                table[layer, expert] = tensor.offset, QUANTS.index(tensor.quant)
+        return table
+
+    def expert_quants(self, layer: int) -> list[int]:
+        """The precision of each expert of a layer."""
+        names = (expert_name(layer, expert) for expert in range(self.spec.experts))
+        return [QUANTS.index(self.tensors[name].quant) for name in names]
+
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
@@ -81,6 +97,7 @@ class Layout:
     def __init__(self) -> None:
         self.floats = 0
         self.groups = 0
+        self.words = 0
 
     def rows(self, count: int, width: int, *, quantized: bool = False) -> Rows:
         """A buffer of `count` rows of `width` values."""
@@ -90,6 +107,11 @@ class Layout:
             return Rows(at, stride, stride // 32, -1)
         first, self.groups = self.groups, self.groups + count * stride // 32
         return Rows(at, stride, stride // 32, first)
+
+    def integers(self, count: int) -> int:
+        """The place of `count` whole numbers."""
+        at, self.words = self.words, self.words + count
+        return at
 
 
 class RunState:
@@ -104,8 +126,9 @@ class RunState:
         self.rows: NDArray[np.int64] = np.zeros((TOKEN_WORDS, width), np.int64)  # see program.py
         self.paths: NDArray[np.int64] = np.zeros(MAX_OUTPUTS * PATH, np.int64)
         self.tree: list[list[int]] = []  # slots from the top to each row of the last tree
+        self.routes: NDArray[np.int64] = np.zeros(max(1, layout.words), np.int64)  # see kernels/routing.py
 
     @property
     def nbytes(self) -> int:
         """Memory of all arrays, in bytes."""
-        return sum(a.nbytes for a in (self.f, self.xq, self.xs, self.xn, self.rows, self.paths))
+        return sum(a.nbytes for a in (self.f, self.xq, self.xs, self.xn, self.rows, self.paths, self.routes))

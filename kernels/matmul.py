@@ -1,7 +1,7 @@
 """y[t, n] += sum over k of W[n, k] * x[t, k], for blocks of 16 rows of a stored matrix."""
 
 from edgert.kernels import tiles
-from edgert.kernels.jit import kernel
+from edgert.kernels.jit import jit, kernel
 from edgert.kernels.reference import matmul as _twin
 
 F32, F16, Q8, Q4 = 0, 1, 2, 3
@@ -54,3 +54,27 @@ def matmul_f16(w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y
 def matmul_f32(w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y_stride):
     """As `matmul_f16`, over an f32 matrix."""
     _f32(w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y_stride)
+
+
+@jit
+def record_bytes(quant):
+    """Bytes of 16 rows by 32 columns; as `packing.RECORD_BYTES`, by number."""
+    return 2048 if quant == F32 else 1024 if quant == F16 else 544 if quant == Q8 else 288
+
+
+@jit
+def matmul(
+    quant, w, w_at, groups, first, last, rows, f, x, x_stride, xq, xs, xn, at, y, y_stride, most, ahead
+):
+    """y[t, n] += sum over k of W[n, k] * x[t, k] for blocks first..last-1 of a matrix of any precision.
+
+    Rows of x are float at f[x] for f32 and f16, quantised from group `at` for q8 and q4; y is in f.
+    """
+    if quant == Q4:
+        matmul_q4(w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)
+    elif quant == Q8:
+        matmul_q8(w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)
+    elif quant == F16:
+        matmul_f16(w, w_at, groups, first, last, rows, f, x, x_stride, f, y, y_stride)
+    else:
+        matmul_f32(w, w_at, groups, first, last, rows, f, x, x_stride, f, y, y_stride)

@@ -5,8 +5,9 @@ operation is cut into units; threads take units from an atomic counter, so that 
 fewer, and meet at a barrier where the next operation needs all of them. Each unit computes its
 outputs whole and in a fixed order, so results depend neither on threads nor on who took what.
 
-Operands are indices into the arrays of a run: w (the model file, bytes), f (float32 buffers),
-xq, xs, xn (quantised rows, by group), kv (the cache, bytes). Column 0 is the operation, column 1 what
+Operands are indices into the arrays of a run: w (the weights, bytes), f (float32 buffers), xq, xs, xn
+(quantised rows, by group), kv (the cache, bytes), routes (which expert takes which row, int64), and
+table, which says where in pool (bytes) each expert lies. Column 0 is the operation, column 1 what
 its rows are (see TOKENS), column 2 whether a barrier follows; the rest is listed in FIELDS.
 """
 
@@ -19,13 +20,17 @@ from edgert.kernels.activation import gate
 from edgert.kernels.attention import MOST_HEADS, attention
 from edgert.kernels.elementwise import read_f32
 from edgert.kernels.embedding import embed
+from edgert.kernels.experts import COUNTERS, run_experts
 from edgert.kernels.jit import jit
 from edgert.kernels.quantize import quantize
 from edgert.kernels.rmsnorm import rmsnorm
 from edgert.kernels.rope import rope_table, rotate
+from edgert.kernels.routing import combine, group, route
 
 COLUMNS = 24
-EMBED, ROPE_TABLE, NORM, MATMUL, HEADS, ATTEND, QUANTIZE, GATE = range(8)
+EMBED, ROPE_TABLE, NORM, MATMUL, HEADS, ATTEND, QUANTIZE, GATE, ROUTE, GROUP, GATHER, EXPERTS, COMBINE = (
+    range(13)
+)
 TOKENS, OUTPUTS, CHOSEN = range(3)
 """Rows of an operation: all tokens; the wanted ones, gathered from among them; or those gathered before."""
 
@@ -59,6 +64,20 @@ FIELDS = {
     ),
     QUANTIZE: ("x", "x_stride", "groups", "xq"),
     GATE: ("kind", "g", "u", "stride", "groups", "xq"),
+    ROUTE: (
+        *("x", "x_stride", "experts", "active", "normalized", "shared", "shared_stride"),
+        *("chosen", "weights", "weights_stride"),
+    ),
+    GROUP: (*("experts", "active", "chosen", "sources", "places", "starts", "busy", "counters"),),
+    GATHER: ("active", "places", "x", "groups", "xq", "y", "yq", "floats"),
+    EXPERTS: (
+        *("table", "groups", "blocks", "inner", "outer", "unit", "kind", "x", "xq", "g", "u", "h"),
+        *("starts", "busy", "counters", "most", "ahead"),
+    ),
+    COMBINE: (
+        *("x", "x_stride", "width", "y", "y_stride", "places", "active", "weights", "weights_stride"),
+        *("shared", "shared_stride"),
+    ),
 }
 """Operands of each operation, in the order of its columns from 3 on, which its function unpacks.
 
@@ -71,6 +90,11 @@ FIELDS = {
     ATTEND      y[t] = attention of every head                        (real: scale)
     QUANTIZE    xq[t] = int8 of x[t]
     GATE        g[t] = act(g[t]) * u[t]; quantised too where xq >= 0
+    ROUTE       the experts of row t and their weights (routing.py)
+    GROUP       the entries of every expert; one unit
+    GATHER      y[i] = x[t], quantised rows and, where asked, floats, for the entries i of row t
+    EXPERTS     the experts of all entries, in place of their x (experts.py); no units
+    COMBINE     x[t] += the weighted sum of the entries of row t
 
 Buffers hold one row per token at their stride. A row is padded with zeros to whole groups of 32.
 """
@@ -122,14 +146,9 @@ def _matmul(c, unit, rows, w, f, xq, xs, xn):
         if bias >= 0:
             for n in range(first * 16, last * 16):
                 f[row + n] += read_f32(w, bias + n * 4)
-    if quant == matmul.Q4:
-        matmul.matmul_q4(w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)
-    elif quant == matmul.Q8:
-        matmul.matmul_q8(w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)
-    elif quant == matmul.F16:
-        matmul.matmul_f16(w, w_at, groups, first, last, rows, f, x, x_stride, f, y, y_stride)
-    else:
-        matmul.matmul_f32(w, w_at, groups, first, last, rows, f, x, x_stride, f, y, y_stride)
+    matmul.matmul(
+        quant, w, w_at, groups, first, last, rows, f, x, x_stride, xq, xs, xn, at, y, y_stride, most, ahead
+    )
 
 
 @jit
@@ -232,6 +251,47 @@ GATE_GROUPS = 64
 
 
 @jit
+def _route(c, t, f, routes):
+    x, experts, active, normalized, shared = c[3] + t * c[4], c[5], c[6], c[7], c[8]
+    if shared >= 0:
+        shared += t * c[9]
+    route(f, x, experts, active, normalized, shared, routes, c[10] + t * active, f, c[11] + t * c[12])
+
+
+@jit
+def _group(c, count, routes):
+    experts, counters = c[3], c[10]
+    group(count, c[4], experts, routes, c[5], c[6], c[7], c[8], c[9])
+    routes[counters : counters + experts * COUNTERS] = 0
+
+
+@jit
+def _gather(c, t, f, xq, xs, xn, routes):
+    active, places, x, groups, y, floats = c[3], c[4], c[5] + t * c[6] * 32, c[6], c[8], c[10]
+    at = c[7] + t * groups
+    for r in range(active):
+        entry = routes[places + t * active + r]
+        if floats:
+            for k in range(groups * 32):
+                f[y + entry * groups * 32 + k] = f[x + k]
+        into = c[9] + entry * groups
+        for k in range(groups * 32):
+            xq[into * 32 + k] = xq[at * 32 + k]
+        for g in range(groups):
+            xs[into + g] = xs[at + g]
+            xn[into + g] = xn[at + g]
+
+
+@jit
+def _combine(c, t, f, routes):
+    x, width, y, y_stride, active, shared = c[3] + t * c[4], c[5], c[6], c[7], c[9], c[12]
+    places, weights = c[8] + t * active, c[10] + t * c[11]
+    if shared >= 0:
+        shared += t * c[13]
+    combine(f, x, width, f, y, y_stride, routes, places, active, f, weights, shared)
+
+
+@jit
 def _units(c, count):
     op = c[0]
     if op == MATMUL:
@@ -242,11 +302,15 @@ def _units(c, count):
         return count * c[6] * _pieces(c[5] // c[6])
     if op == GATE:
         return count * ((c[7] + GATE_GROUPS - 1) // GATE_GROUPS)
+    if op == GROUP:
+        return 1
+    if op == EXPERTS:
+        return 0
     return count
 
 
 @jit
-def _run_unit(c, real, unit, count, me, w, f, xq, xs, xn, kv, rows, paths, job):
+def _run_unit(c, real, unit, count, me, w, f, xq, xs, xn, kv, routes, rows, paths, job):
     op = c[0]
     if op == MATMUL:
         _matmul(c, unit, count, w, f, xq, xs, xn)
@@ -258,6 +322,14 @@ def _run_unit(c, real, unit, count, me, w, f, xq, xs, xn, kv, rows, paths, job):
         _norm(c, real, unit, rows[OUTPUT, unit] if c[1] == OUTPUTS else unit, w, f, xq, xs, xn)
     elif op == HEADS:
         _head(c, real, unit, rows, me, w, f, kv)
+    elif op == ROUTE:
+        _route(c, unit, f, routes)
+    elif op == GROUP:
+        _group(c, count, routes)
+    elif op == GATHER:
+        _gather(c, unit, f, xq, xs, xn, routes)
+    elif op == COMBINE:
+        _combine(c, unit, f, routes)
     elif op == QUANTIZE:
         quantize(f, c[3] + unit * c[4], c[5], xq, xs, xn, c[6] + unit * c[5])
     elif op == ROPE_TABLE:
@@ -281,14 +353,18 @@ def _past_singles(i, code, job):
 
 
 @jit
-def _execute(me, threads, code, reals, w, f, xq, xs, xn, kv, rows, paths, job, ctl, tickets):
+def _execute(
+    me, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, routes, rows, paths, job, ctl, tickets
+):
     i = job[FIRST]
     while i < job[LAST]:
         c, count = code[i], _count(code[i], job)
+        if c[0] == EXPERTS:
+            run_experts(c, pool, table, routes, f, xq, xs, xn)
         units = _units(c, count)
         unit = 0 if threads == 1 else atomics.fetch_add(tickets, i, 1)
         while unit < units:
-            _run_unit(c, reals[i], unit, count, me, w, f, xq, xs, xn, kv, rows, paths, job)
+            _run_unit(c, reals[i], unit, count, me, w, f, xq, xs, xn, kv, routes, rows, paths, job)
             unit = unit + 1 if threads == 1 else atomics.fetch_add(tickets, i, 1)
         i += 1
         if c[2]:
@@ -298,13 +374,15 @@ def _execute(me, threads, code, reals, w, f, xq, xs, xn, kv, rows, paths, job, c
             if team.arrive(ctl, threads):
                 for j in range(i, then):
                     count = _count(code[j], job)
-                    _run_unit(code[j], reals[j], 0, count, me, w, f, xq, xs, xn, kv, rows, paths, job)
+                    _run_unit(code[j], reals[j], 0, count, me, w, f, xq, xs, xn, kv, routes, rows, paths, job)
                 team.let_go(ctl, threads)
             i = then
 
 
 @jit
-def enter(worker, workers, code, reals, w, f, xq, xs, xn, kv, rows, paths, job, ctl, tickets):
+def enter(
+    worker, workers, code, reals, w, pool, table, f, xq, xs, xn, kv, routes, rows, paths, job, ctl, tickets
+):
     """Thread 0 executes one job with whoever is ready; a worker (1, 2, ...) serves until it parks.
 
     One compiled entry for both, so that the kernels exist once in machine code.
@@ -312,7 +390,9 @@ def enter(worker, workers, code, reals, w, f, xq, xs, xn, kv, rows, paths, job, 
     if worker == 0:
         tickets[job[FIRST] : job[LAST]] = 0
         threads = team.claim(ctl, workers)
-        _execute(0, threads, code, reals, w, f, xq, xs, xn, kv, rows, paths, job, ctl, tickets)
+        _execute(
+            0, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, routes, rows, paths, job, ctl, tickets
+        )
         team.barrier(ctl, threads)
         return
     team.set_ready(ctl, worker)
@@ -321,6 +401,25 @@ def enter(worker, workers, code, reals, w, f, xq, xs, xn, kv, rows, paths, job, 
         if rank == 0:
             return
         threads = team.threads_claimed(ctl)
-        _execute(rank, threads, code, reals, w, f, xq, xs, xn, kv, rows, paths, job, ctl, tickets)
+        _execute(
+            rank,
+            threads,
+            code,
+            reals,
+            w,
+            pool,
+            table,
+            f,
+            xq,
+            xs,
+            xn,
+            kv,
+            routes,
+            rows,
+            paths,
+            job,
+            ctl,
+            tickets,
+        )
         team.set_ready(ctl, worker)  # before the barrier: the leader may start the next job at once
         team.barrier(ctl, threads)

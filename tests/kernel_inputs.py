@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from edgert.config import ModelSpec
 from edgert.format import StoredTensor, declared
-from edgert.format.layout import page_padded, stored_bytes
+from edgert.format.layout import LAYOUT_OF, page_padded, stored_bytes
 from edgert.kernels import packing
 from edgert.state import Weights
 
@@ -167,9 +167,9 @@ def tiny_weights(spec: ModelSpec, quant_of: Callable[[str], str], label: object 
     """Random weights of a spec; `quant_of` gives the precision of each matrix by its name."""
     tensors, at = {}, 0
     for decl in declared(spec):
-        quant = quant_of(decl.name) if decl.role == "matrix" else "f32"
+        quant = quant_of(decl.name) if decl.role in ("matrix", "expert") else "f32"
         size = stored_bytes(decl.role, quant, decl.shape)
-        layout = "rows16" if decl.role == "matrix" else "flat"
+        layout = LAYOUT_OF[decl.role]
         tensors[decl.name] = StoredTensor(decl.name, decl.role, decl.shape, quant, layout, at, size, "")
         at += page_padded(size)
     data = np.zeros(at, np.uint8)
@@ -189,7 +189,17 @@ def _tensor_bytes(spec: ModelSpec, tensor: StoredTensor, label: object) -> U8:
         if tensor.name.endswith("_bias"):
             return (random * np.float32(0.25)).view(np.uint8)
         return (np.float32(1) + random * np.float32(0.5)).view(np.uint8)
-    rows, columns = tensor.shape
+    if tensor.role == "expert":
+        gate, up, down = random[0], random[1], random[2].T
+        parts = [
+            _matrix_bytes(tensor, np.ascontiguousarray(m), (label, i)) for i, m in enumerate((gate, up, down))
+        ]
+        return np.concatenate(parts)
+    return _matrix_bytes(tensor, random * np.float32(4 if tensor.role == "router" else 1), label)
+
+
+def _matrix_bytes(tensor: StoredTensor, random: F32, label: object) -> U8:
+    rows, columns = random.shape
     # The power of two next to K**-0.5 keeps activations near 1 and is exact in float16.
     spread = 2.0 ** -(columns.bit_length() // 2 - 1)
     if tensor.quant in ("f32", "f16"):

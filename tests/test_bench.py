@@ -80,6 +80,8 @@ def test_shapes_have_the_sizes_they_are_named_for() -> None:
             "llama-3.2-3b": 3.213,
             "qwen3-4b": 4.022,
             "llama-3.1-8b": 8.030,
+            "olmoe-1b-7b": 6.919,
+            "qwen3-30b-a3b": 30.532,
         },
         abs=6e-4,
     )

@@ -175,7 +175,13 @@ def test_ends_of_text_come_from_both_files_without_repeats() -> None:
         ("qwen2", {"mlp_bias": True}),
         ("qwen2", {"use_mrope": True}),
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
-        ("qwen3_moe", {}),
+        ("deepseek_v3", {}),
+        ("granitemoe", {"sliding_window": 8}),
+        ("mixtral", {"layer_types": ["full_attention"]}),
+        ("olmoe", {"clip_qkv": 8.0}),
+        ("olmoe", {"sliding_window": 8}),
+        ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8}),
+        ("qwen3_moe", {"layer_types": ["full_attention"]}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value), "moe"),
 )
@@ -233,3 +239,22 @@ def test_tensor_names_are_those_of_transformers(model_type: str) -> None:
     spec = spec_of(model_type, head_dim=8, num_key_value_heads=2)
     ours = {source_name(d.name): d.shape for d in declared(spec) if d.name != "rope_frequencies"}
     assert ours == {name: tuple(tensor.shape) for name, tensor in oracle.items()}
+
+
+def test_experts_are_read_as_published_configs_give_them() -> None:
+    """OLMoE-1B-7B-0924 and Qwen3-30B-A3B; Qwen1.5-MoE-A2.7B with layers made dense."""
+    olmoe = spec_of(
+        "olmoe", intermediate_size=1024, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False
+    )
+    assert (olmoe.experts, olmoe.active_experts, olmoe.expert_width) == (64, 8, 1024)
+    assert (olmoe.joint_qk_norm, olmoe.normalized_routing, olmoe.has_dense_layers) == (True, False, False)
+    qwen3 = spec_of("qwen3_moe", num_experts=128, moe_intermediate_size=768, norm_topk_prob=True)
+    assert (qwen3.experts, qwen3.active_experts, qwen3.expert_width) == (128, 8, 768)
+    assert (qwen3.qk_norm, qwen3.normalized_routing, qwen3.shared_width) == (True, True, 0)
+    qwen2 = spec_of(
+        "qwen2_moe", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3], num_experts=60,
+        moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_experts_per_tok=4,
+    )  # fmt: skip
+    assert qwen2.dense_layers == (0, 2, 3, 4)
+    assert [qwen2.has_experts(i) for i in range(6)] == [False, True, False, False, False, True]
+    assert (qwen2.shared_width, qwen2.qkv_bias, qwen2.normalized_routing) == (5632, True, False)

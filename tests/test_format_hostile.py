@@ -26,13 +26,21 @@ CALIBRATION = {
     "agreed": [1, 0, 8],
 }
 METADATA = {"source": "test", "exits": json.dumps({"1": CALIBRATION})}
+EXPERTS = ModelSpec(
+    *("mixtral", 2, 8, 2, 1, 4, 16, 20, 64, 1e-5),
+    experts=3,
+    active_experts=2,
+    expert_width=9,
+    dense_layers=(1,),
+    exits=(1,),
+)
 Q, NORM = "layers.0.q", "output_norm"  # a matrix and a vector to damage
 
 
-def valid_bytes(folder: Path) -> bytes:
+def valid_bytes(folder: Path, spec: ModelSpec = SPEC) -> bytes:
     path = folder / "valid.ert"
-    quants = {decl.name: "q4" for decl in declared(SPEC) if decl.role == "matrix"}
-    with ErtWriter(path, SPEC, quants, b'{"a":1}', METADATA) as writer:
+    quants = {decl.name: "q4" for decl in declared(spec) if decl.role in ("matrix", "expert")}
+    with ErtWriter(path, spec, quants, b'{"a":1}', METADATA) as writer:
         for name, tensor in writer.tensors.items():
             if tensor.role != "bytes":
                 writer.write(
@@ -45,6 +53,11 @@ def valid_bytes(folder: Path) -> bytes:
 @pytest.fixture(scope="session")
 def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return valid_bytes(tmp_path_factory.mktemp("valid"))
+
+
+@pytest.fixture(scope="session")
+def valid_experts(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return valid_bytes(tmp_path_factory.mktemp("valid-experts"), EXPERTS)
 
 
 class Draft:
@@ -189,7 +202,7 @@ CASES: list[tuple[Rule, str, Damage]] = [
     (Rule.METADATA_KEYS, "no-spec", text(lambda t: t.replace('"spec": ', '"spek": '))),
     (Rule.HEADER_PAGE, "unpadded", off_page_header),
     (Rule.SPEC, "missing-field", drop("spec", "layers")),
-    (Rule.SPEC, "unknown-field", spec(experts=4)),
+    (Rule.SPEC, "unknown-field", spec(expertise=4)),
     (Rule.SPEC, "negative", spec(layers=-1)),
     (Rule.SPEC, "boolean-count", spec(heads=True)),
     (Rule.SPEC, "architecture-is-a-list", spec(architecture=[])),
@@ -280,6 +293,59 @@ def test_a_damaged_file_breaks_exactly(rule: Rule, damage: Damage, valid: bytes,
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     assert len(message) < 600 + len(str(path))
+
+
+EXPERT, ROUTER = "layers.0.experts.1", "layers.0.router"
+EXPERT_CASES: list[tuple[Rule, str, Damage]] = [
+    (Rule.SPEC, "more-active-than-there-are", spec(active_experts=4)),
+    (Rule.SPEC, "none-active", spec(active_experts=0)),
+    (Rule.SPEC, "no-width", spec(expert_width=0)),
+    (Rule.SPEC, "negative-shared-width", spec(shared_width=-1)),
+    (Rule.SPEC, "a-flag-is-a-number", spec(normalized_routing=1)),
+    (Rule.SPEC, "dense-layers-is-a-number", spec(dense_layers=1)),
+    (Rule.SPEC, "dense-layer-beyond-the-last", spec(dense_layers=[2])),
+    (Rule.SPEC, "dense-layers-in-disorder", spec(dense_layers=[1, 0])),
+    (Rule.SPEC, "no-experts-but-their-width", spec(experts=0)),
+    (Rule.SPEC, "two-norms-of-q", spec(qk_norm=True, joint_qk_norm=True)),
+    (Rule.TABLE_SHAPE, "two-billion-experts", spec(experts=2**31 - 1)),
+    (Rule.TABLE_SHAPE, "expert-of-two-matrices", edit("table", EXPERT, "shape", [2, 9, 8])),
+    (Rule.TABLE_SHAPE, "wider-experts", spec(expert_width=17)),
+    (Rule.TENSOR_MISSING, "an-expert", drop("table", EXPERT)),
+    (Rule.TENSOR_MISSING, "a-shared-expert", spec(shared_width=9)),
+    (Rule.TENSOR_UNKNOWN, "a-fourth-expert", stranger("table", EXPERT)),
+    (Rule.TABLE_QUANT, "a-rounded-router", edit("table", ROUTER, "quant", "q8")),
+    (Rule.TABLE_QUANT, "expert", edit("table", EXPERT, "quant", "q5")),
+    (Rule.TABLE_LAYOUT, "expert-as-a-matrix", edit("table", EXPERT, "layout", "rows16")),
+    (Rule.TABLE_BYTES, "expert", edit("table", EXPERT, "bytes", 288)),
+    (Rule.TENSOR_PAGE, "expert", lambda draft: draft.move(EXPERT, 4097)),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "damage"), [(r, d) for r, _, d in EXPERT_CASES], ids=[i for _, i, _ in EXPERT_CASES]
+)
+def test_a_damaged_file_with_experts_breaks_exactly(
+    rule: Rule, damage: Damage, valid_experts: bytes, tmp_path: Path
+) -> None:
+    draft = Draft(valid_experts)
+    blob = damage(draft)
+    path = tmp_path / "m.ert"
+    path.write_bytes(draft.pack() if blob is None else blob)
+    with pytest.raises(FormatError) as caught:
+        ErtFile.open(path)
+    assert caught.value.rule == rule.value
+
+
+def test_a_file_with_experts_opens_and_each_is_one_span(valid_experts: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.ert"
+    path.write_bytes(Draft(valid_experts).pack())
+    with ErtFile.open(path) as file:
+        found = [file.tensors[f"layers.0.experts.{e}"] for e in range(3)]
+    # gate and up [9, 8] are one record each, so is down [8, 9].
+    assert [(t.shape, t.layout, t.nbytes, t.offset % PAGE) for t in found] == [
+        ((3, 9, 8), "gated16", 864, 0)
+    ] * 3
+    assert "layers.1.experts.0" not in file.tensors
 
 
 def test_every_rule_has_a_damaged_file() -> None:

@@ -40,6 +40,24 @@ SMALL_HEADS = ModelSpec("llama", 2, 32, 7, 1, 2, 33, 50, CONTEXT, 1e-5, "relu", 
 EXITS = ModelSpec("llama", 3, 40, 4, 2, 10, 72, 83, CONTEXT, 1e-5, "relu", exits=(1, 2))
 EXITS_TIED = replace(EXITS, width=64, tied_embeddings=True, exits=(2,))
 MHA = ModelSpec("qwen2", 2, 48, 4, 4, 12, 64, 70, CONTEXT, 1e-6, qkv_bias=True)
+# Experts: a shared one beside them, a dense layer between; sizes that fill no block.
+EXPERTS = ModelSpec(
+    *("qwen2_moe", 3, 48, 6, 2, 12, 80, 67, CONTEXT, 1e-6),
+    qkv_bias=True,
+    experts=7,
+    active_experts=3,
+    expert_width=40,
+    shared_width=56,
+    dense_layers=(1,),
+)
+ONE_EXPERT = ModelSpec(
+    *("olmoe", 2, 40, 4, 2, 12, 80, 67, CONTEXT, 1e-5, "relu"),
+    joint_qk_norm=True,
+    experts=18,
+    active_experts=1,
+    expert_width=44,
+    normalized_routing=True,
+)
 
 
 @dataclass(frozen=True)
@@ -66,9 +84,18 @@ CASES = {
     "gqa-f32-f16": Case(GQA, "f32", "f16"),
     "rich-f32-f16": Case(RICH, "f32", "f16"),
     "small-f32-f16": Case(SMALL_HEADS, "f32", "f16"),
+    "experts-mixed-f16": Case(EXPERTS, "mixed", "f16"),
+    "experts-q4-q8": Case(EXPERTS, "q4", "q8"),
+    "experts-f32-f16": Case(EXPERTS, "f32", "f16"),
+    "one-expert-q8-f16": Case(ONE_EXPERT, "q8", "f16"),
+    "one-expert-f32-f16": Case(ONE_EXPERT, "f32", "f16"),
 }
-EVERY = pytest.mark.parametrize("name", ["rich-q4-q8", "odd-mixed-q8"] if TWINS else list(CASES))
-TWO = pytest.mark.parametrize("name", ["rich-q8-q8"] if TWINS else ["gqa-q4-f16", "rich-q8-q8"])
+EVERY = pytest.mark.parametrize(
+    "name", ["rich-q4-q8", "odd-mixed-q8", "experts-mixed-f16"] if TWINS else list(CASES)
+)
+TWO = pytest.mark.parametrize(
+    "name", ["rich-q8-q8"] if TWINS else ["gqa-q4-f16", "rich-q8-q8", "experts-q4-q8"]
+)
 
 
 @cache
@@ -641,6 +668,9 @@ class ByHand:
         q = self.linear(f"{name}.q", x).reshape(count, spec.heads, spec.head_dim)
         k = self.linear(f"{name}.k", x).reshape(count, spec.kv_heads, spec.head_dim)
         v = self.linear(f"{name}.v", x).reshape(count, spec.kv_heads, spec.head_dim)
+        if spec.joint_qk_norm:
+            q = self.norm(f"{name}.q_norm", q.reshape(count, -1)).reshape(q.shape)
+            k = self.norm(f"{name}.k_norm", k.reshape(count, -1)).reshape(k.shape)
         if spec.qk_norm:
             q, k = self.norm(f"{name}.q_norm", q), self.norm(f"{name}.k_norm", k)
         # The cache holds float16.
@@ -657,6 +687,34 @@ class ByHand:
                 out[t, h] = p @ v[start : t + 1, shared] / p.sum()
         return self.linear(f"{name}.o", out.reshape(count, -1))
 
+    def experts(self, name: str, x: inputs.F64) -> inputs.F64:
+        spec = self.spec
+        scores = np.exp(self.linear(f"{name}.router", x))
+        scores /= scores.sum(axis=1, keepdims=True)
+        y = np.zeros_like(x)
+        for t, row in enumerate(scores):
+            best = sorted(range(spec.experts), key=lambda e: -row[e])[: spec.active_experts]
+            total = sum(row[e] for e in best) if spec.normalized_routing else 1.0
+            for e in best:
+                y[t] += row[e] / total * self.expert(f"{name}.experts.{e}", x[t])
+        if spec.shared_width:
+            gate = self.activate(self.linear(f"{name}.shared_gate", x)) * self.linear(f"{name}.shared_up", x)
+            weight = 1 / (1 + np.exp(-self.linear(f"{name}.shared_router", x)))
+            y += weight * self.linear(f"{name}.shared_down", gate)
+        return y
+
+    def expert(self, name: str, x: inputs.F64) -> inputs.F64:
+        """One row through the three matrices that lie in one tensor."""
+        tensor, at, found = self.weights.tensors[name], self.weights.tensors[name].offset, []
+        _, inner, width = tensor.shape
+        for rows, columns in ((inner, width), (inner, width), (width, inner)):
+            blocks, groups = -(-rows // 16), -(-columns // 32)
+            found.append(inputs.stored_matrix(tensor.quant, self.weights.data, at, groups, rows, columns))
+            at += blocks * groups * inputs.RECORD[tensor.quant]
+        gate, up, down = found
+        result: inputs.F64 = down @ (self.activate(gate @ x) * (up @ x))
+        return result
+
     def logits(self, tokens: list[int], layers: int | None = None) -> inputs.F64:
         """Of the model, or of the exit after so many layers."""
         x = self.matrix("token_embedding")[tokens]
@@ -664,6 +722,9 @@ class ByHand:
             name = f"layers.{layer}"
             x = x + self.attention(layer, self.norm(f"{name}.attention_norm", x))
             normed = self.norm(f"{name}.ffn_norm", x)
+            if f"{name}.router" in self.weights.tensors:
+                x = x + self.experts(name, normed)
+                continue
             gate = self.activate(self.linear(f"{name}.gate", normed))
             x = x + self.linear(f"{name}.down", gate * self.linear(f"{name}.up", normed))
         output = "token_embedding" if self.spec.tied_embeddings else "output"
@@ -675,7 +736,11 @@ class ByHand:
 
 
 @pytest.mark.parametrize(
-    "name", ["gqa-f32-f16", "odd-f32-f16", "rich-f32-f16", "small-f32-f16", "rich-f16-f16"]
+    "name",
+    [
+        *("gqa-f32-f16", "odd-f32-f16", "rich-f32-f16", "small-f32-f16", "rich-f16-f16"),
+        *("experts-f32-f16", "one-expert-f32-f16"),
+    ],
 )
 def test_logits_are_those_of_a_model_written_by_hand(name: str) -> None:
     tokens = tokens_of(name, 3, LENGTH)

@@ -34,7 +34,11 @@ NOT_IN_GGUF = {
     "qwen3_alternating_windows",
     "qwen3_rope_yarn_mscale",
 }
-NAMES = [name for name in tiny_models.CONFIGS if name not in NOT_IN_GGUF]
+NAMES = [
+    name
+    for name, config in tiny_models.CONFIGS.items()
+    if name not in NOT_IN_GGUF and "num_experts_per_tok" not in config
+]
 
 
 def exported(folder: Path, name: str = "llama_gqa_tied", kind: str = "F32", parts: int = 0) -> Path:

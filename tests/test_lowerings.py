@@ -29,13 +29,14 @@ from edgert.kernels import (
     quantize,
     rmsnorm,
     rope,
+    routing,
     softmax,
     target,
     topk,
 )
 from edgert.model.forward import Forward
 from tests import kernel_inputs as inputs
-from tests import test_kernel_matmul, test_kernel_rows
+from tests import test_kernel_matmul, test_kernel_routing, test_kernel_rows
 
 GOLDEN = {
     "matmul f32": "992e212db5550405",
@@ -50,14 +51,16 @@ GOLDEN = {
     "gate": "0e18c4724aa56711",
     "softmax": "2a2695b0a07e59f2",
     "topk": "7de2f652ce8876cc",
+    "routing": "07d77e003a95eb16",
     "attention f16": "cea045cee4d2d973",
     "attention q8": "7387d84553b6e15a",
     "decode f16": "e832ddafb4b22c37",
     "decode q8": "26fa14c59c6ab0a4",
+    "decode experts": "e9849aec51a407d1",
 }
 """The first 16 hexadecimal digits of the SHA-256 of each part's results."""
 
-PROGRAM = ("decode f16", "decode q8")  # the parts that need the whole program compiled
+PROGRAM = ("decode f16", "decode q8", "decode experts")  # the parts that need the whole program compiled
 
 # ---- what is hashed --------------------------------------------------------------------------
 
@@ -144,6 +147,17 @@ def largest() -> Iterator[Any]:
         yield index
 
 
+def routings() -> Iterator[Any]:
+    for seed, flavour in enumerate(inputs.FLAVOURS):
+        case = test_kernel_routing.route_case(seed, flavour, 23, 5, seed % 2 == 0, 3)
+        routing.route(*case)
+        yield case[6]
+        yield case[8]
+        case = test_kernel_routing.combine_case(seed, flavour, 48, 4, 7, 2)
+        routing.combine(*case)
+        yield case[0]
+
+
 def attentions(kind: int) -> Iterator[Any]:
     capacity = 96
     path = np.arange(40, 72, 2, dtype=np.int64)
@@ -168,6 +182,23 @@ def attentions(kind: int) -> Iterator[Any]:
 def decoded(kv_type: Any) -> Iterator[Any]:
     """Greedy tokens and their logits, of a model with matrices of every precision."""
     spec = ModelSpec("qwen3", 2, 72, 6, 2, 20, 100, 90, 64, 1e-5, "silu", True, True, qk_norm=True)
+    yield from _greedy(spec, kv_type)
+
+
+def decoded_experts() -> Iterator[Any]:
+    """The same of a model with experts of every precision."""
+    spec = ModelSpec(
+        *("qwen2_moe", 3, 72, 6, 2, 20, 100, 90, 64, 1e-5),
+        experts=9,
+        active_experts=3,
+        expert_width=40,
+        shared_width=33,
+        dense_layers=(1,),
+    )
+    yield from _greedy(spec, "f16")
+
+
+def _greedy(spec: ModelSpec, kv_type: Any) -> Iterator[Any]:
     turns = ("q4", "q8", "f16", "f32")
     weights = inputs.tiny_weights(spec, lambda name: turns[sum(name.encode()) % 4], "lowerings")
     model = Forward(weights, EngineConfig(1, 64, 16, kv_type))
@@ -190,10 +221,12 @@ PARTS: dict[str, Callable[[], Iterator[Any]]] = {
     "gate": gates,
     "softmax": softmaxes,
     "topk": largest,
+    "routing": routings,
     "attention f16": lambda: attentions(0),
     "attention q8": lambda: attentions(1),
     "decode f16": lambda: decoded("f16"),
     "decode q8": lambda: decoded("q8"),
+    "decode experts": decoded_experts,
 }
 
 

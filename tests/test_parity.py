@@ -17,8 +17,8 @@ INDEX: dict[str, Any] = json.loads((GOLDENS / "index.json").read_text(encoding="
 TOKENS: list[int] = INDEX["tokens"]
 TOLERANCE = 1e-3
 
-# Without the JIT a forward pass takes seconds: three models that hold most options between them.
-SLOW_NAMES = ["llama_rope_llama3", "qwen2_window_yarn_v4", "qwen3_gqa_tied_head_dim"]
+# Without the JIT a forward pass takes seconds: a few models that hold most options between them.
+SLOW_NAMES = ["llama_rope_llama3", "qwen2_window_yarn_v4", "qwen3_gqa_tied_head_dim", "granitemoe_tied"]
 NAMES = SLOW_NAMES if numba.config.DISABLE_JIT else list(tiny_models.CONFIGS)
 FRESH_SEEDS = [1, 2]
 
@@ -85,6 +85,8 @@ def transformers_logits(folder: Path, tokens: list[int]) -> NDArray[np.float32]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].numpy()

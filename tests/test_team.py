@@ -67,7 +67,8 @@ class Little:
         self.job = np.zeros(program.JOB_WORDS, np.int64)
         self.job[program.LAST] = len(code)
         empty = (np.zeros(32, np.int8), np.zeros(1, np.float32), np.zeros(1, np.int32), np.zeros(1, np.uint8))
-        arrays = (np.stack(code), np.zeros(len(code), np.float32), w, self.f, *empty)
+        words = np.zeros(2, np.int64)
+        arrays = (np.stack(code), np.zeros(len(code), np.float32), w, w, words, self.f, *empty, words)
         paths = np.zeros(program.PATH, np.int64)
         self.team = Team(threads, (*arrays, self.rows, paths, self.job), len(code))
 

@@ -89,6 +89,69 @@ def _qwen3(**options: Any) -> Config:
     return _qwen("qwen3", "Qwen3ForCausalLM", **{"attention_bias": False} | options)
 
 
+def _mixtral(**options: Any) -> Config:
+    own = {"num_experts_per_tok": 2, "num_local_experts": 4, "sliding_window": None}
+    return _config("mixtral", "MixtralForCausalLM", **own | options)
+
+
+def _olmoe(**options: Any) -> Config:
+    own = {
+        "attention_bias": False,
+        "clip_qkv": None,
+        "norm_topk_prob": False,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "num_key_value_heads": 4,
+    }
+    config = _config("olmoe", "OlmoeForCausalLM", **own | options)
+    del config["head_dim"]  # olmoe's norms are made for hidden / heads
+    return config
+
+
+def _qwen2_moe(**options: Any) -> Config:
+    own = {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": False,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "qkv_bias": True,
+        "shared_expert_intermediate_size": 56,
+    }
+    config = _qwen("qwen2_moe", "Qwen2MoeForCausalLM", **own | options)
+    del config["head_dim"]
+    return config
+
+
+def _qwen3_moe(**options: Any) -> Config:
+    own = {
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+    return _config("qwen3_moe", "Qwen3MoeForCausalLM", **own | options)
+
+
+def _granitemoe(**options: Any) -> Config:
+    own = {
+        "attention_bias": False,
+        "attention_multiplier": 0.4,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.5,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 4,
+        "residual_multiplier": 0.7,
+    }
+    return _config("granitemoe", "GraniteMoeForCausalLM", **own | options)
+
+
 def _as_version_4(config: Config) -> Config:
     """The same configuration as transformers 4 wrote it: rope keys at top level, few derived keys."""
     old = {key: value for key, value in config.items() if key not in ("head_dim", "layer_types")}
@@ -232,6 +295,54 @@ CONFIGS: dict[str, Config] = {
         rope_parameters=YARN_ROPE
         | {"beta_fast": 4.0, "beta_slow": 0.5, "mscale": 2.5, "mscale_all_dim": 0.5, "truncate": False},
     ),
+    # experts: always normalised; sizes that fill no block; one expert of a token; a window
+    "mixtral_gqa_tied": _mixtral(tie_word_embeddings=True),
+    "mixtral_window_odd_sizes": _mixtral(
+        hidden_size=40,
+        head_dim=12,
+        intermediate_size=44,
+        num_experts_per_tok=1,
+        num_local_experts=19,
+        sliding_window=10,
+    ),
+    # olmoe: norms over all heads; weights as they are, or normalised
+    "olmoe_mha": _olmoe(),
+    "olmoe_gqa_biases_normalised": _olmoe(
+        attention_bias=True,
+        hidden_act="relu",
+        hidden_size=48,
+        norm_topk_prob=True,
+        num_experts_per_tok=2,
+        num_key_value_heads=2,
+    ),
+    # qwen2_moe: a shared expert behind a gate; dense layers of another width
+    "qwen2_moe_shared": _qwen2_moe(),
+    "qwen2_moe_dense_layers": _qwen2_moe(
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+        num_hidden_layers=4,
+        norm_topk_prob=True,
+        qkv_bias=False,
+        layer_types=["full_attention"] * 4,
+    ),
+    "qwen2_moe_window": _qwen2_moe(
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=12,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    # qwen3_moe: normalised or not; norms of heads
+    "qwen3_moe_gqa_tied": _qwen3_moe(hidden_size=40, head_dim=24, tie_word_embeddings=True),
+    "qwen3_moe_biases_window": _qwen3_moe(
+        attention_bias=True,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+        sliding_window=10,
+        use_sliding_window=True,
+    ),
+    # granitemoe: every multiplier, with the embedding shared and not
+    "granitemoe_tied": _granitemoe(tie_word_embeddings=True, attention_bias=True),
+    "granitemoe_untied": _granitemoe(hidden_size=48, head_dim=12),
 }
 
 
@@ -246,31 +357,76 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim", width // heads)
     q, kv, ffn = heads * head_dim, config["num_key_value_heads"] * head_dim, config["intermediate_size"]
-    qkv_bias = config["model_type"] == "qwen2" or config.get("attention_bias", False)
+    kind = config["model_type"]
+    qkv_bias = kind == "qwen2" or config.get("attention_bias", config.get("qkv_bias", False))
     output_bias, mlp_bias = config.get("attention_bias", False), config.get("mlp_bias", False)
     linears = (
         ("self_attn.q_proj", q, width, qkv_bias),
         ("self_attn.k_proj", kv, width, qkv_bias),
         ("self_attn.v_proj", kv, width, qkv_bias),
         ("self_attn.o_proj", width, q, output_bias),
+    )
+    dense = (
         ("mlp.gate_proj", ffn, width, mlp_bias),
         ("mlp.up_proj", ffn, width, mlp_bias),
         ("mlp.down_proj", width, ffn, mlp_bias),
     )
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], width)}
-    for layer in (f"model.layers.{i}" for i in range(config["num_hidden_layers"])):
-        for name, rows, columns, bias in linears:
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        for name, rows, columns, bias in (*linears, *(() if has_experts(config, i) else dense)):
             found[f"{layer}.{name}.weight"] = (rows, columns)
             if bias:
                 found[f"{layer}.{name}.bias"] = (rows,)
         for name in ("input_layernorm", "post_attention_layernorm"):
             found[f"{layer}.{name}.weight"] = (width,)
-        if config["model_type"] == "qwen3":
+        if has_experts(config, i):
+            found |= {f"{layer}.{name}": shape for name, shape in expert_shapes(config).items()}
+        if kind in ("qwen3", "qwen3_moe"):
             for name in ("q_norm", "k_norm"):
                 found[f"{layer}.self_attn.{name}.weight"] = (head_dim,)
+        if kind == "olmoe":
+            found[f"{layer}.self_attn.q_norm.weight"] = (q,)
+            found[f"{layer}.self_attn.k_norm.weight"] = (kv,)
     found["model.norm.weight"] = (width,)
     if not config["tie_word_embeddings"]:
         found["lm_head.weight"] = (config["vocab_size"], width)
+    return found
+
+
+def has_experts(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer routes its tokens."""
+    if config.get("num_experts", config.get("num_local_experts")) is None:
+        return False
+    return layer not in config.get("mlp_only_layers", ()) and not (layer + 1) % config.get(
+        "decoder_sparse_step", 1
+    )
+
+
+def expert_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of one layer's experts, as checkpoints on the hub name them."""
+    width, kind = config["hidden_size"], config["model_type"]
+    count = config.get("num_experts", config.get("num_local_experts"))
+    ffn = config.get("moe_intermediate_size", config["intermediate_size"])
+    if kind == "granitemoe":
+        return {
+            "block_sparse_moe.router.layer.weight": (count, width),
+            "block_sparse_moe.input_linear.weight": (count, 2 * ffn, width),
+            "block_sparse_moe.output_linear.weight": (count, width, ffn),
+        }
+    block = "block_sparse_moe" if kind == "mixtral" else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    found: dict[str, tuple[int, ...]] = {f"{block}.gate.weight": (count, width)}
+    for expert in range(count):
+        found[f"{block}.experts.{expert}.{gate}.weight"] = (ffn, width)
+        found[f"{block}.experts.{expert}.{up}.weight"] = (ffn, width)
+        found[f"{block}.experts.{expert}.{down}.weight"] = (width, ffn)
+    if "shared_expert_intermediate_size" in config:
+        shared = config["shared_expert_intermediate_size"]
+        found["mlp.shared_expert_gate.weight"] = (1, width)
+        found["mlp.shared_expert.gate_proj.weight"] = (shared, width)
+        found["mlp.shared_expert.up_proj.weight"] = (shared, width)
+        found["mlp.shared_expert.down_proj.weight"] = (width, shared)
     return found
 
 
@@ -286,8 +442,8 @@ def weights(config: Mapping[str, Any], seed: int) -> Tensors:
     found: Tensors = {}
     for name, shape in shapes(config).items():
         unit = 2.0 * random(shape) - 1.0  # uniform in -1 to 1: variance 1/3
-        if len(shape) == 2:
-            values = unit * _gain(name) * np.sqrt(3.0 / shape[1])
+        if len(shape) > 1:
+            values = unit * _gain(name) * np.sqrt(3.0 / shape[-1])
         elif name.endswith("norm.weight"):
             values = 1.0 + 0.5 * unit
         else:
@@ -299,7 +455,10 @@ def weights(config: Mapping[str, Any], seed: int) -> Tensors:
 def _gain(name: str) -> float:
     """How much larger the outputs of a matrix are than its inputs."""
     kind = name.split(".")[-2]
-    return {"o_proj": 0.05, "down_proj": 0.05}.get(kind, 1.0)
+    if kind in ("w2", "output_linear") or (".experts." in name and kind == "down_proj"):
+        return 0.15  # less and the weights of a sum of experts would not show
+    # A router of gain 3 prefers some experts clearly: no choice hangs on a rounding.
+    return {"o_proj": 0.05, "down_proj": 0.05, "gate": 3.0, "layer": 3.0}.get(kind, 1.0)
 
 
 def digest(tensors: Tensors) -> str:

@@ -80,16 +80,49 @@ def load_checked(name: str, tensors: Tensors) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         tiny_models.write_folder(Path(folder), name)
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            output_loading_info=True,
         )
     problems = {kind: found for kind, found in report.items() if found}
     expect(not problems, f"{name}: transformers reports {problems}")
-    parameters = dict(model.named_parameters())
+    parameters = as_stored(dict(model.named_parameters()), tensors)
     expect(parameters.keys() == tensors.keys(), f"{name}: the models differ in {parameters.keys() ^ tensors}")
     for tensor, values in tensors.items():
-        same = np.array_equal(parameters[tensor].detach().numpy(), values)
+        same = np.array_equal(parameters[tensor], values)
         expect(same, f"{name}: transformers changed the values of {tensor}")
     return model
+
+
+def as_stored(parameters: dict[str, torch.Tensor], tensors: Tensors) -> Tensors:
+    """A model's parameters under the names of the checkpoint; transformers holds experts fused."""
+    found: Tensors = {}
+    for name, parameter in parameters.items():
+        values = parameter.detach().numpy()
+        layer, _, part = name.partition(".mlp." if ".mlp." in name else ".block_sparse_moe.")
+        if f"{layer}.block_sparse_moe.input_linear.weight" in tensors and part:
+            granite = {
+                "router.weight": "router.layer.weight",
+                "experts.gate_up_proj": "input_linear.weight",
+                "experts.down_proj": "output_linear.weight",
+            }
+            found[f"{layer}.block_sparse_moe.{granite[part]}"] = values
+        elif part.startswith("experts."):
+            mixtral = f"{layer}.block_sparse_moe.gate.weight" in tensors
+            block = "block_sparse_moe" if mixtral else "mlp"
+            gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+            for expert, matrix in enumerate(values):
+                own = f"{layer}.{block}.experts.{expert}"
+                if part == "experts.down_proj":
+                    found[f"{own}.{down}.weight"] = matrix
+                else:
+                    found[f"{own}.{gate}.weight"], found[f"{own}.{up}.weight"] = np.split(matrix, 2)
+        else:
+            mixtral = part and f"{layer}.block_sparse_moe.{part}" in tensors
+            found[f"{layer}.block_sparse_moe.{part}" if mixtral else name] = values
+    return found
 
 
 def logits(model: PreTrainedModel) -> NDArray[np.float32]:
@@ -125,7 +158,7 @@ def check_effects(
         with tempfile.TemporaryDirectory() as folder:
             tiny_models.write_model(Path(folder), changed, values)
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager"
+                folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
             )
         effect = difference(logits(model), expected)
         expect(effect > LEAST_EFFECT, f"{name}: without {what} logits change by only {effect}")
@@ -178,6 +211,7 @@ def option_changes(config: Config) -> Iterator[tuple[str, Config]]:
         yield "rms_norm_eps", {"rms_norm_eps": 1e-5}
     yield from window_changes(config)
     yield from rope_changes(config)
+    yield from expert_changes(config)
 
 
 def window_changes(config: Config) -> Iterator[tuple[str, Config]]:
@@ -192,11 +226,25 @@ def window_changes(config: Config) -> Iterator[tuple[str, Config]]:
     yield "the exact window, one more", {"sliding_window": window + 1}
     yield "the exact window, one less", {"sliding_window": window - 1}
     layers = config["num_hidden_layers"]
-    if config["model_type"] == "mistral":
+    if "layer_types" not in config:
         yield "the window", {"sliding_window": None}
     else:
         for kind in ("full_attention", "sliding_attention"):
             yield f"layer types, all {kind}", {"layer_types": [kind] * layers}
+
+
+def expert_changes(config: Config) -> Iterator[tuple[str, Config]]:
+    """One expert per token fewer or more; weights normalised or not; every multiplier 1."""
+    if "num_experts_per_tok" in config:
+        active = config["num_experts_per_tok"]
+        yield "experts per token", {"num_experts_per_tok": active - 1 or 2}
+    if "norm_topk_prob" in config:
+        yield "norm_topk_prob", {"norm_topk_prob": not config["norm_topk_prob"]}
+    for name in ("attention", "embedding", "residual"):
+        if f"{name}_multiplier" in config:
+            yield f"{name}_multiplier", {f"{name}_multiplier": 1.0}
+    if "logits_scaling" in config:
+        yield "logits_scaling", {"logits_scaling": 1.0}
 
 
 def rope_changes(config: Config) -> Iterator[tuple[str, Config]]:

@@ -6,7 +6,17 @@ A new one is a file with a `variant` function, and a line here.
 from collections.abc import Callable
 from typing import Final
 
-from edgert.converters.architectures import llama, mistral, qwen2, qwen3
+from edgert.converters.architectures import (
+    granitemoe,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from edgert.converters.architectures.family import Decoder, Variant, read_decoder, source_name
 from edgert.converters.hf_config import HfConfig, shown
 from edgert.errors import NotAModelError, UnsupportedError
@@ -16,6 +26,11 @@ VARIANTS: Final[dict[str, Callable[[HfConfig], Variant]]] = {
     "mistral": mistral.variant,
     "qwen2": qwen2.variant,
     "qwen3": qwen3.variant,
+    "mixtral": mixtral.variant,
+    "olmoe": olmoe.variant,
+    "qwen2_moe": qwen2_moe.variant,
+    "qwen3_moe": qwen3_moe.variant,
+    "granitemoe": granitemoe.variant,
 }
 
 __all__ = ["VARIANTS", "Decoder", "describe", "source_name"]

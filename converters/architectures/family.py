@@ -1,6 +1,7 @@
 """What the decoders of the Llama family share: config fields, tensor names, and what is refused."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from edgert.config import Activation, ModelSpec
 from edgert.converters.hf_config import HfConfig
 from edgert.converters.rope import make_rope
+from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor
 from edgert.errors import ConversionError, UnsupportedError
 
 ACTIVATIONS: Final[dict[str, Activation]] = {
@@ -22,7 +24,8 @@ ACTIVATIONS: Final[dict[str, Activation]] = {
 }
 
 # Fields of models that share these names but compute something else (Granite, MiniCPM, Gemma,
-# OLMo, Cohere, mixtures of experts, adapters), each with the values that change nothing.
+# OLMo, Cohere, mixtures of experts, adapters), each with the values that change nothing. A variant
+# that computes one says so.
 # transformers ignores some of them; a checkpoint that sets one was not trained without it.
 REFUSED: Final[dict[str, tuple[object, ...]]] = {
     "quantization_config": (),
@@ -78,6 +81,14 @@ _LAYER_NAMES: Final = {
     "o": "self_attn.o_proj.weight",
     "o_bias": "self_attn.o_proj.bias",
     "ffn_norm": "post_attention_layernorm.weight",
+    "router": "mlp.gate.weight",
+    "shared_router": "mlp.shared_expert_gate.weight",
+    "shared_gate": "mlp.shared_expert.gate_proj.weight",
+    "shared_up": "mlp.shared_expert.up_proj.weight",
+    "shared_down": "mlp.shared_expert.down_proj.weight",
+    "experts.gate": "mlp.experts.{}.gate_proj.weight",
+    "experts.up": "mlp.experts.{}.up_proj.weight",
+    "experts.down": "mlp.experts.{}.down_proj.weight",
     "gate": "mlp.gate_proj.weight",
     "gate_bias": "mlp.gate_proj.bias",
     "up": "mlp.up_proj.weight",
@@ -85,14 +96,6 @@ _LAYER_NAMES: Final = {
     "down": "mlp.down_proj.weight",
     "down_bias": "mlp.down_proj.bias",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Decoder:
-    """What a config.json describes."""
-
-    spec: ModelSpec
-    rope_frequencies: NDArray[np.float32]  # [d/2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +108,91 @@ class Variant:
     qk_norm: bool = False
     head_dim: int | None = None  # where the config has none; None for width / heads
     windows: tuple[int, ...] = ()  # per layer, as ModelSpec.windows
+    joint_qk_norm: bool = False
+    experts: "Experts | None" = None
+    names: Mapping[str, str] = field(default_factory=dict)  # where they differ from the family's
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # as granitemoe.FUSED
+    factors: Mapping[str, float] = field(default_factory=dict)  # by the name of the tensor in its layer
+    understood: frozenset[str] = frozenset()  # keys of REFUSED that this architecture computes
 
 
-def source_name(name: str) -> str:
-    """The Hugging Face name of a tensor of `edgert.format.declared`, the same in the whole family.
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of one architecture, as the fields of ModelSpec."""
 
-    Exit heads are our own and have one name everywhere.
+    count: int
+    active: int
+    width: int
+    normalized: bool
+    shared_width: int = 0
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """What a config.json describes."""
+
+    spec: ModelSpec
+    rope_frequencies: NDArray[np.float32]  # [d/2]
+    variant: Variant = Variant()
+
+    def source_name(self, name: str) -> str:
+        """The name in the checkpoint of a tensor, or of one matrix of an expert."""
+        return source_name(name, self.variant.names)
+
+    def factor(self, name: str) -> float:
+        """What a tensor is multiplied by on its way into the file."""
+        factor = self.variant.factors.get(_part(name)[0], 1.0)
+        if name == "output_norm" and self.spec.tied_embeddings:  # the output matrix has the embedding's
+            factor /= self.factor("token_embedding")
+        return factor
+
+    def split(self, tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
+        """The tensors with those of all experts of a layer cut into one for each matrix."""
+        return dict(_cut(tensors.items(), self.variant, self.spec))
+
+
+def source_name(name: str, own: Mapping[str, str] | None = None) -> str:
+    """The Hugging Face name of a tensor of `edgert.format.declared`, or of one matrix of an expert.
+
+    The same in the whole family but for the names in `own`. Exit heads are ours and have one name.
     """
     if name.startswith("exits."):
         return name
-    if not name.startswith("layers."):
-        return _TOP_NAMES[name]
-    _, index, part = name.split(".")
-    return f"model.layers.{index}.{_LAYER_NAMES[part]}"
+    part, layer, expert = _part(name)
+    if layer is None:
+        return _TOP_NAMES[part]
+    return f"model.layers.{layer}.{(_LAYER_NAMES | dict(own or {}))[part].format(expert)}"
+
+
+def _cut(
+    tensors: Iterable[tuple[str, SourceTensor]], variant: Variant, spec: ModelSpec
+) -> Iterator[tuple[str, SourceTensor]]:
+    for name, tensor in tensors:
+        match name.split(".", 3):
+            case ["model", "layers", layer, part] if part in variant.fused and tensor.dtype in ITEM_BYTES:
+                matrices = variant.fused[part]
+                width, inner = spec.width, spec.expert_width
+                rows, columns = (width, inner) if matrices == ("experts.down",) else (inner, width)
+                if tensor.shape == (spec.experts, len(matrices) * rows, columns):
+                    for expert in range(spec.experts):
+                        for j, matrix in enumerate(matrices):
+                            own = source_name(
+                                f"layers.{layer}.{matrix.replace('.', f'.{expert}.')}", variant.names
+                            )
+                            yield own, tensor.part((expert * len(matrices) + j) * rows, rows, columns)
+                    continue
+        yield name, tensor
+
+
+def _part(name: str) -> tuple[str, str | None, str | None]:
+    """ "layers.3.experts.5.up" to ("experts.up", "3", "5"), "layers.3.q" to ("q", "3", None)."""
+    match name.split("."):
+        case ["layers", layer, "experts", expert, part]:
+            return f"experts.{part}", layer, expert
+        case ["layers", layer, part]:
+            return part, layer, None
+    return name, None, None
 
 
 def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> Decoder:
@@ -126,7 +201,8 @@ def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> De
     Raises UnsupportedError for anything that changes the arithmetic and that edgert does not
     compute, ConversionError for fields that are missing or contradict each other.
     """
-    _refuse(config)
+    _refuse(config, variant.understood)
+    experts = variant.experts or Experts(0, 0, 0, False)
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", variant.head_dim or max(1, width // heads))
     positions = config.integer("max_position_embeddings")
@@ -149,6 +225,13 @@ def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> De
             output_bias=variant.output_bias,
             ffn_bias=variant.ffn_bias,
             qk_norm=variant.qk_norm,
+            joint_qk_norm=variant.joint_qk_norm,
+            experts=experts.count,
+            active_experts=experts.active,
+            expert_width=experts.width,
+            shared_width=experts.shared_width,
+            normalized_routing=experts.normalized,
+            dense_layers=experts.dense_layers,
             windows=_binding(variant.windows, rope.context),
             rope_theta=rope.theta,
             rope_scaling=rope.kind,
@@ -159,7 +242,7 @@ def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> De
         )
     except ValueError as error:
         raise ConversionError(f"{config.where}: {error}; download the model's files again") from None
-    return Decoder(spec, rope.frequencies)
+    return Decoder(spec, rope.frequencies, variant)
 
 
 def layer_count(config: HfConfig) -> int:
@@ -202,11 +285,21 @@ def _binding(windows: tuple[int, ...], context: int) -> tuple[int, ...]:
     return kept if any(kept) else ()
 
 
-def _refuse(config: HfConfig) -> None:
+def dense_layers(config: HfConfig) -> tuple[int, ...]:
+    """The dense layers of Qwen's models with experts: all that no `decoder_sparse_step` ends, and those
+    of `mlp_only_layers`."""
+    layers, step = layer_count(config), config.integer("decoder_sparse_step", 1)
+    named = config.ids("mlp_only_layers")
+    return tuple(i for i in range(layers) if i in named or (i + 1) % step)
+
+
+def _refuse(config: HfConfig, understood: frozenset[str]) -> None:
     for key, neutral in REFUSED.items():
+        if key in understood:
+            continue
         config.refuse_unless(key, *neutral)
     model_type = config.text("model_type")
-    expected = f"{model_type}ForCausalLM"
+    expected = f"{model_type.replace('_', '')}ForCausalLM"
     found = config.texts("architectures")
     if found and expected.lower() not in (name.lower() for name in found):
         raise UnsupportedError(

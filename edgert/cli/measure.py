@@ -18,7 +18,7 @@ from edgert.errors import UsageError
 from edgert.evaluate import evaluate, read_documents
 from edgert.format import ErtFile
 from edgert.model.shapes import SHAPES, parameters, planned, random_weights, shape
-from edgert.planner import plan
+from edgert.planner import plan, require_memory
 from edgert.runtime import load
 from edgert.state import Weights
 
@@ -80,6 +80,7 @@ def _weights(file: Path | None, shape_name: str | None, quant: Quant) -> Iterato
         return
     spec = shape(shape_name or "")
     size = planned(spec, quant)[1]
+    require_memory(size, f"the shape {shape_name} {quant}")
     print(f"random weights, {shape_name} {quant}: {size_text(size)}", file=sys.stderr)
     yield f"{shape_name} {quant} random", random_weights(spec, quant)
 

@@ -1,14 +1,15 @@
 """How many bytes a tensor takes: arithmetic only, no bytes are touched here.
 
 Shapes are logical. A matrix W[N, K] is stored in tiles of ROW_BLOCK rows by GROUP columns,
-so N and K are padded with zeros to whole tiles; everything else is stored flat.
+so N and K are padded with zeros to whole tiles. An expert [3, F, D] is the three matrices gate [F, D],
+up [F, D] and down [D, F] one after another. Everything else is stored flat.
 """
 
 from typing import Final, Literal
 
 from edgert.config import QUANTS
 
-Role = Literal["matrix", "vector", "bytes"]
+Role = Literal["matrix", "router", "expert", "vector", "bytes"]
 
 # One AVX-512 register holds 16 rows of 4 int8 values; AVX2 takes two, NEON four.
 # Fewer rows would waste lanes there, more would waste rows of small matrices.
@@ -29,8 +30,20 @@ TILE_BYTES: Final[dict[str, int]] = {
     "q8": ROW_BLOCK * (GROUP + SCALE_BYTES),
     "q4": ROW_BLOCK * (GROUP // 2 + SCALE_BYTES),
 }
-QUANTS_OF: Final[dict[Role, tuple[str, ...]]] = {"matrix": QUANTS, "vector": ("f32",), "bytes": ("u8",)}
-LAYOUT_OF: Final[dict[Role, str]] = {"matrix": "rows16", "vector": "flat", "bytes": "flat"}
+QUANTS_OF: Final[dict[Role, tuple[str, ...]]] = {
+    "matrix": QUANTS,
+    "router": ("f32",),  # rounding it would send tokens to other experts
+    "expert": QUANTS,
+    "vector": ("f32",),
+    "bytes": ("u8",),
+}
+LAYOUT_OF: Final[dict[Role, str]] = {
+    "matrix": "rows16",
+    "router": "rows16",
+    "expert": "gated16",
+    "vector": "flat",
+    "bytes": "flat",
+}
 
 
 def round_up(count: int, unit: int) -> int:
@@ -48,9 +61,14 @@ def stored_bytes(role: Role, quant: str, shape: tuple[int, ...]) -> int:
 
     Raises KeyError for a quantisation that no matrix has.
     """
-    if role == "matrix":
-        rows, columns = shape
-        tiles = (round_up(rows, ROW_BLOCK) // ROW_BLOCK) * (round_up(columns, GROUP) // GROUP)
-        return tiles * TILE_BYTES[quant]
+    if role in ("matrix", "router"):
+        return _tiles(*shape) * TILE_BYTES[quant]
+    if role == "expert":
+        _, ffn, width = shape
+        return (2 * _tiles(ffn, width) + _tiles(width, ffn)) * TILE_BYTES[quant]
     (length,) = shape
     return length * 4 if role == "vector" else length
+
+
+def _tiles(rows: int, columns: int) -> int:
+    return (round_up(rows, ROW_BLOCK) // ROW_BLOCK) * (round_up(columns, GROUP) // GROUP)

@@ -29,8 +29,8 @@ class StoredTensor:
     name: str
     role: Role
     shape: tuple[int, ...]  # logical, before any padding
-    quant: str  # f32, f16, q8 or q4; u8 for bytes
-    layout: str  # rows16 for a matrix, flat for the rest
+    quant: str  # f32, f16, q8 or q4 (a router's and a vector's: f32); u8 for bytes
+    layout: str  # rows16 for a matrix, gated16 for an expert, flat for the rest
     offset: int  # from the start of the file, a multiple of PAGE
     nbytes: int  # without the zeros up to the next page
     sha256: str  # of those nbytes, in lowercase hexadecimal
@@ -50,16 +50,35 @@ def iter_declared(spec: ModelSpec, tokenizer_bytes: int = 0) -> Iterator[TensorD
     if spec.first_layer == 0 or (speaks and spec.tied_embeddings):
         yield _matrix("token_embedding", spec.vocab, spec.width)
     yield _vector("rope_frequencies", spec.head_dim // 2)
-    layer, head = (*_attention(spec), *_feed_forward(spec)), tuple(_exit(spec))
+    head = tuple(_exit(spec))
     for index in range(spec.first_layer, spec.last_layer):
-        for decl in layer:
+        for decl in (*_attention(spec), *_feed_forward(spec, index)):
             yield TensorDecl(f"layers.{index}.{decl.name}", decl.shape, decl.role)
+        for expert in range(spec.experts if spec.has_experts(index) else 0):
+            yield TensorDecl(expert_name(index, expert), (3, spec.expert_width, spec.width), "expert")
         for decl in head if index + 1 in exits else ():
             yield TensorDecl(f"exits.{index + 1}.{decl.name}", decl.shape, decl.role)
     if ends:
         yield _vector("output_norm", spec.width)
     if speaks and not spec.tied_embeddings:
         yield _matrix("output", spec.vocab, spec.width)
+
+
+def expert_name(layer: int, expert: int) -> str:
+    """The tensor that holds the gate, up and down of one expert."""
+    return f"layers.{layer}.experts.{expert}"
+
+
+def matrices_in(decl: TensorDecl | StoredTensor) -> tuple[tuple[str, int, int], ...]:
+    """Name, rows and columns of the matrices that a tensor holds, in the order of its bytes."""
+    if decl.role == "expert":
+        _, ffn, width = decl.shape
+        sizes = (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn))
+        return tuple((f"{decl.name}.{name}", rows, columns) for name, rows, columns in sizes)
+    if decl.role in ("matrix", "router"):
+        rows, columns = decl.shape
+        return ((decl.name, rows, columns),)
+    return ()
 
 
 def _attention(spec: ModelSpec) -> Iterator[TensorDecl]:
@@ -72,16 +91,25 @@ def _attention(spec: ModelSpec) -> Iterator[TensorDecl]:
     if spec.qk_norm:
         yield _vector("q_norm", spec.head_dim)
         yield _vector("k_norm", spec.head_dim)
+    if spec.joint_qk_norm:
+        yield _vector("q_norm", queries)
+        yield _vector("k_norm", keys)
     yield _matrix("o", spec.width, queries)
     if spec.output_bias:
         yield _vector("o_bias", spec.width)
 
 
-def _feed_forward(spec: ModelSpec) -> Iterator[TensorDecl]:
-    width, ffn = spec.width, spec.ffn_width
+def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[TensorDecl]:
+    width, ffn, prefix = spec.width, spec.ffn_width, ""
     yield _vector("ffn_norm", width)
+    if spec.has_experts(layer):
+        yield TensorDecl("router", (spec.experts, width), "router")
+        if not spec.shared_width:
+            return
+        yield TensorDecl("shared_router", (1, width), "router")
+        ffn, prefix = spec.shared_width, "shared_"
     for name, rows, columns in (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn)):
-        yield _matrix(name, rows, columns)
+        yield _matrix(f"{prefix}{name}", rows, columns)
         if spec.ffn_bias:
             yield _vector(f"{name}_bias", rows)
 

@@ -57,7 +57,7 @@ class ErtWriter:
             writer.write(decl.name, data)
         writer.finish()
 
-    `quants` gives the quantisation of every matrix by name. Raises ConversionError for
+    `quants` gives the quantisation of every matrix and expert by name. Raises ConversionError for
     arguments that do not fit together, a full disk, or a path that cannot be written.
     """
 
@@ -224,11 +224,13 @@ def _byte_view(chunk: Buffer) -> memoryview:
 
 def _plan(decls: tuple[TensorDecl, ...], quants: Mapping[str, str]) -> list[StoredTensor]:
     """The tensors with their sizes and their offsets from the start of the data."""
-    matrices = {decl.name for decl in decls if decl.role == "matrix"}
+    matrices = {decl.name for decl in decls if decl.role in ("matrix", "expert")}
     if quants.keys() != matrices:
         wrong = sorted(matrices ^ quants.keys())[0]
         state = "no" if wrong in matrices else "a"
-        raise ConversionError(f"found {state} quantisation for {wrong}, expected one for each matrix only")
+        raise ConversionError(
+            f"found {state} quantisation for {wrong}, expected one for each matrix or expert only"
+        )
     planned = []
     offset = 0
     for decl in decls:

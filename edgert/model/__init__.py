@@ -7,10 +7,10 @@ converters/architectures.py.
 from collections.abc import Callable
 
 from edgert.errors import UnsupportedError
-from edgert.model import llama
+from edgert.model import llama, mixtral
 from edgert.model.builder import Builder
 
-_ARCHITECTURES = (llama,)
+_ARCHITECTURES = (llama, mixtral)
 
 
 def layer_of(architecture: str) -> Callable[[Builder, int], None]:

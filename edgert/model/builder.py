@@ -6,8 +6,9 @@ from numpy.typing import NDArray
 from edgert.config import ACTIVATIONS, EngineConfig
 from edgert.kernels import program
 from edgert.kernels.attention import MOST_HEADS
-from edgert.kernels.matmul import Q8
+from edgert.kernels.matmul import Q8, record_bytes
 from edgert.kv_cache import KvCache
+from edgert.model.routing import Routing
 from edgert.state import MAX_OUTPUTS, Layout, Rows, Weights, padded
 
 
@@ -27,8 +28,9 @@ class Builder:
         self.k = layout.rows(rows, spec.kv_heads * spec.head_dim)  # [T, K*d]
         self.v = layout.rows(rows, spec.kv_heads * spec.head_dim)  # [T, K*d]
         self.mixed = layout.rows(rows, spec.heads * spec.head_dim, quantized=True)  # [T, H*d]
-        self.gate = layout.rows(rows, spec.ffn_width, quantized=True)  # [T, F]
-        self.up = layout.rows(rows, spec.ffn_width)  # [T, F]
+        if spec.has_dense_layers:
+            self.gate = layout.rows(rows, spec.ffn_width, quantized=True)  # [T, F]
+            self.up = layout.rows(rows, spec.ffn_width)  # [T, F]
         self.chosen = layout.rows(MAX_OUTPUTS, spec.width, quantized=True)  # [R, D]
         self.lens = layout.rows(MAX_OUTPUTS if spec.held_exits else 0, spec.width)  # [R, D] of an exit
         self.logits = layout.rows(MAX_OUTPUTS, spec.vocab)  # [R, V]
@@ -39,6 +41,8 @@ class Builder:
         self.scratch_stride = padded(MOST_HEADS * (cache.capacity + padded(spec.head_dim) + 1))
         self.scratch = layout.floats
         layout.floats += config.threads * self.scratch_stride
+        if spec.experts:
+            self.routing = Routing(spec, rows, layout)
         self._code: list[NDArray[np.int64]] = []
         self._reals: list[float] = []
 
@@ -54,7 +58,7 @@ class Builder:
     def embed(self) -> None:
         """hidden = embedding of the tokens."""
         matrix = self.weights.matrix("token_embedding")
-        self._add(
+        self.add(
             program.EMBED,
             quant=matrix.quant,
             w_at=matrix.at,
@@ -65,7 +69,7 @@ class Builder:
 
     def rope_table(self) -> None:
         """Cos and sin of the rows' positions."""
-        self._add(
+        self.add(
             program.ROPE_TABLE,
             real=self.spec.rope_magnitude,
             frequencies=self.weights.vector("rope_frequencies"),
@@ -97,14 +101,18 @@ class Builder:
         output = "token_embedding" if self.spec.tied_embeddings else "output"
         self.linear(output, x, self.logits, chosen=True)
 
-    def _norm(self, gain: str, x: Rows, y: Rows, rows: int) -> Rows:
-        self._add(
+    def joint_norm(self, gain: str, x: Rows, width: int) -> None:
+        """RMSNorm of x in place, over all its heads together."""
+        self._norm(gain, x, x, program.TOKENS, width)
+
+    def _norm(self, gain: str, x: Rows, y: Rows, rows: int, width: int = 0) -> Rows:
+        self.add(
             program.NORM,
             rows=rows,
             real=self.spec.norm_eps,
             x=x.at,
             x_stride=x.stride,
-            width=self.spec.width,
+            width=width or self.spec.width,
             gain=self.weights.vector(gain),
             y=y.at,
             y_stride=y.stride,
@@ -121,8 +129,7 @@ class Builder:
         chosen: x and y hold the rows whose logits are wanted, not all of them.
         """
         matrix, tiling = self.weights.matrix(name), self.config.tiling
-        record = (2048, 1024, 544, 288)[matrix.quant] * matrix.groups
-        self._add(
+        self.add(
             program.MATMUL,
             rows=program.CHOSEN if chosen else program.TOKENS,
             barrier=last,
@@ -130,7 +137,7 @@ class Builder:
             w_at=matrix.at,
             groups=matrix.groups,
             blocks=matrix.blocks,
-            unit=max(1, tiling.unit_bytes // record),
+            unit=tiling.unit_blocks(int(record_bytes(matrix.quant)) * matrix.groups),
             x=x.at,
             x_stride=x.stride,
             xq=x.quantized,
@@ -144,7 +151,7 @@ class Builder:
 
     def heads(self, layer: int) -> None:
         """Norm and rotation of q and k heads; k and v into the cache."""
-        self._add(
+        self.add(
             program.HEADS,
             real=self.spec.norm_eps,
             q=self.q.at,
@@ -153,8 +160,8 @@ class Builder:
             k_stride=self.k.stride,
             v=self.v.at,
             v_stride=self.v.stride,
-            q_gain=self.weights.vector(f"layers.{layer}.q_norm"),
-            k_gain=self.weights.vector(f"layers.{layer}.k_norm"),
+            q_gain=self.weights.vector(f"layers.{layer}.q_norm") if self.spec.qk_norm else -1,
+            k_gain=self.weights.vector(f"layers.{layer}.k_norm") if self.spec.qk_norm else -1,
             heads=self.spec.heads,
             kv_heads=self.spec.kv_heads,
             d=self.spec.head_dim,
@@ -169,7 +176,7 @@ class Builder:
 
     def attend(self, layer: int) -> Rows:
         """mixed = attention of every head, quantised for what follows."""
-        self._add(
+        self.add(
             program.ATTEND,
             real=float(self.spec.head_dim) ** -0.5,
             q=self.q.at,
@@ -187,7 +194,7 @@ class Builder:
             scratch=self.scratch,
             scratch_stride=self.scratch_stride,
         )
-        self._add(
+        self.add(
             program.QUANTIZE,
             x=self.mixed.at,
             x_stride=self.mixed.stride,
@@ -196,22 +203,23 @@ class Builder:
         )
         return self.mixed
 
-    def gated(self, down: str) -> Rows:
-        """gate = act(gate) * up, quantised where the matrix that follows wants it so."""
+    def gated(self, down: str, gate: Rows, up: Rows) -> Rows:
+        """gate = act(gate) * up, quantised where the matrix `down` that follows wants it so."""
         wants = self.weights.matrix(down).quant >= Q8
-        self._add(
+        self.add(
             program.GATE,
             kind=ACTIVATIONS.index(self.spec.activation),
-            g=self.gate.at,
-            u=self.up.at,
-            stride=self.gate.stride,
-            groups=self.gate.groups,
-            xq=self.gate.quantized if wants else -1,
+            g=gate.at,
+            u=up.at,
+            stride=gate.stride,
+            groups=gate.groups,
+            xq=gate.quantized if wants else -1,
         )
-        return self.gate
+        return gate
 
-    def _add(
+    def add(
         self, op: int, *, rows: int = program.TOKENS, barrier: bool = True, real: float = 0.0, **operands: int
     ) -> None:
+        """Append one operation; its operands are those of `program.FIELDS`."""
         self._code.append(program.encode(op, rows, barrier, **operands))
         self._reals.append(real)

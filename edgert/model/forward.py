@@ -54,10 +54,10 @@ class Forward:
         self._job = np.zeros(program.JOB_WORDS, np.int64)
         # Of the last call: its rows, the layer behind which they are, and the cache's lengths.
         self._left: tuple[int, int, tuple[int, ...]] | None = None
-        arrays = (weights.data, state.f, state.xq, state.xs, state.xn, self.cache.data)
-        self.team = Team(
-            config.threads, (code, reals, *arrays, state.rows, state.paths, self._job), len(code)
-        )
+        held = (weights.data, weights.data, weights.expert_table().reshape(-1))
+        buffers = (state.f, state.xq, state.xs, state.xn, self.cache.data)
+        rows = (state.routes, state.rows, state.paths, self._job)
+        self.team = Team(config.threads, (code, reals, *held, *buffers, *rows), len(code))
 
     def close(self) -> None:
         """End the threads."""

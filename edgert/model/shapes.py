@@ -1,11 +1,13 @@
 """Published model shapes by name, and random weights in them: for benchmarks that need no download."""
 
+from typing import Any
+
 import numpy as np
 
 from edgert.config import ModelSpec, Quant
 from edgert.errors import OptionError
 from edgert.format import StoredTensor, declared
-from edgert.format.layout import page_padded, stored_bytes
+from edgert.format.layout import LAYOUT_OF, page_padded, stored_bytes
 from edgert.kernels import packing
 from edgert.state import Weights
 
@@ -25,6 +27,7 @@ def _shape(
     tied_embeddings: bool = True,
     qkv_bias: bool = False,
     qk_norm: bool = False,
+    **more: Any,
 ) -> ModelSpec:
     return ModelSpec(
         architecture=architecture,
@@ -41,6 +44,7 @@ def _shape(
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         rope_theta=rope_theta,
+        **more,
     )
 
 
@@ -50,6 +54,26 @@ SHAPES: dict[str, ModelSpec] = {
     "llama-3.2-3b": _shape("llama", 28, 3072, 24, 8, 128, 8192, 128256),
     "qwen3-4b": _shape("qwen3", 36, 2560, 32, 8, 128, 9728, 151936, qk_norm=True, rope_theta=1e6),
     "llama-3.1-8b": _shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, tied_embeddings=False),
+    "olmoe-1b-7b": _shape(
+        *("olmoe", 16, 2048, 16, 16, 128, 1024, 50304),
+        context=4096,
+        rope_theta=1e4,
+        tied_embeddings=False,
+        joint_qk_norm=True,
+        experts=64,
+        active_experts=8,
+        expert_width=1024,
+    ),
+    "qwen3-30b-a3b": _shape(
+        *("qwen3_moe", 48, 2048, 32, 4, 128, 6144, 151936),
+        rope_theta=1e6,
+        tied_embeddings=False,
+        qk_norm=True,
+        experts=128,
+        active_experts=8,
+        expert_width=768,
+        normalized_routing=True,
+    ),
 }
 
 
@@ -69,9 +93,9 @@ def planned(spec: ModelSpec, quant: Quant) -> tuple[dict[str, StoredTensor], int
     """Where each tensor of a model lies when all matrices have one precision, and the total size."""
     tensors, at = {}, 0
     for decl in declared(spec):
-        kind = quant if decl.role == "matrix" else "f32"
+        kind = quant if decl.role in ("matrix", "expert") else "f32"
         size = stored_bytes(decl.role, kind, decl.shape)
-        layout = "rows16" if decl.role == "matrix" else "flat"
+        layout = LAYOUT_OF[decl.role]
         tensors[decl.name] = StoredTensor(decl.name, decl.role, decl.shape, kind, layout, at, size, "")
         at += page_padded(size)
     return tensors, at
@@ -90,8 +114,12 @@ def random_weights(spec: ModelSpec, quant: Quant, seed: int = 0) -> Weights:
             view.view(np.float32)[:] = spec.rope_theta ** -(np.arange(half) / half)
         elif tensor.role == "vector":
             view.view(np.float32)[:] = 0.0 if tensor.name.endswith("_bias") else 1.0
+        elif tensor.role == "router":
+            # Not the repeated noise: rows that are equal would tie, and the same experts win every time.
+            rows = rng.standard_normal(tensor.shape, np.float32) * np.float32(2 * tensor.shape[1] ** -0.5)
+            view[:] = packing.pack_floats(rows).reshape(-1)
         else:
-            _fill_matrix(view, quant, tensor.shape[1], noise)
+            _fill_matrix(view, quant, tensor.shape[-1], noise)
     return Weights(spec, data, tensors)
 
 

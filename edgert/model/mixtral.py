@@ -1,0 +1,122 @@
+"""Models with experts: mixtral, olmoe, qwen2_moe, qwen3_moe, granitemoe (Jiang et al., 2024).
+
+Attention is Llama's. In place of the feed-forward a router chooses k of E experts for each token, and
+their outputs are added, weighted. What differs between them is in the ModelSpec; the multipliers of
+Granite are in its weights (converters/architectures/granitemoe.py).
+"""
+
+from edgert.config import ACTIVATIONS
+from edgert.kernels import program
+from edgert.kernels.experts import TABLE
+from edgert.kernels.matmul import Q8, record_bytes
+from edgert.model import llama
+from edgert.model.builder import Builder
+from edgert.state import Rows, padded
+
+MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe")
+
+
+def layer(b: Builder, index: int) -> None:
+    """One layer: hidden += attention(norm(hidden)); hidden += experts(norm(hidden)), or ffn."""
+    llama.attention(b, index)
+    if b.spec.has_experts(index):
+        experts(b, index, b.norm(f"layers.{index}.ffn_norm"))
+    else:
+        llama.feed_forward(b, index)
+
+
+def experts(b: Builder, index: int, x: Rows) -> None:
+    """hidden += the weighted sum of the experts that each row of x chooses, and of the shared one."""
+    name, r = f"layers.{index}", b.routing
+    b.linear(f"{name}.router", x, r.logits, last=r.shared is None)
+    if r.shared is not None:
+        b.linear(f"{name}.shared_router", x, r.shared.logit)
+    _route(b, index, x)
+    if r.shared is not None:
+        b.linear(f"{name}.shared_gate", x, r.shared.gate, last=False)
+        b.linear(f"{name}.shared_up", x, r.shared.up)
+        down = f"{name}.shared_down"
+        b.linear(down, b.gated(down, r.shared.gate, r.shared.up), r.shared.out)
+    _compute(b, index)
+
+
+def _route(b: Builder, index: int, x: Rows) -> None:
+    """The experts of each row, and the rows of each expert side by side."""
+    r, spec = b.routing, b.spec
+    b.add(
+        program.ROUTE,
+        x=r.logits.at,
+        x_stride=r.logits.stride,
+        experts=spec.experts,
+        active=spec.active_experts,
+        normalized=spec.normalized_routing,
+        shared=r.shared.logit.at if r.shared else -1,
+        shared_stride=r.shared.logit.stride if r.shared else 0,
+        chosen=r.chosen,
+        weights=r.weights.at,
+        weights_stride=r.weights.stride,
+    )
+    b.add(
+        program.GROUP,
+        experts=spec.experts,
+        active=spec.active_experts,
+        chosen=r.chosen,
+        sources=r.sources,
+        places=r.places,
+        starts=r.starts,
+        busy=r.busy,
+        counters=r.counters,
+    )
+    b.add(
+        program.GATHER,
+        active=spec.active_experts,
+        places=r.places,
+        x=x.at,
+        groups=x.groups,
+        xq=x.quantized,
+        y=r.routed.at,
+        yq=r.routed.quantized,
+        floats=min(b.weights.expert_quants(index)) < Q8,
+    )
+
+
+def _compute(b: Builder, index: int) -> None:
+    """What the experts give for their rows, and its sum per token."""
+    r, spec, tiling = b.routing, b.spec, b.config.tiling
+    # Even: an expert's first units also quantise groups of two blocks. The most blocks of any precision
+    # in the layer, so that no unit is too small.
+    unit = tiling.unit_blocks(int(record_bytes(max(b.weights.expert_quants(index)))) * r.routed.groups)
+    b.add(
+        program.EXPERTS,
+        table=index * spec.experts * TABLE,
+        groups=r.routed.groups,
+        blocks=-(-spec.expert_width // 16),
+        inner=r.gate.groups,
+        outer=-(-spec.width // 16),
+        unit=-(-unit // 2) * 2,
+        kind=ACTIVATIONS.index(spec.activation),
+        x=r.routed.at,
+        xq=r.routed.quantized,
+        g=r.gate.at,
+        u=r.up.at,
+        h=r.gate.quantized,
+        starts=r.starts,
+        busy=r.busy,
+        counters=r.counters,
+        most=tiling.most,
+        ahead=tiling.ahead,
+    )
+    b.add(
+        program.COMBINE,
+        x=b.hidden.at,
+        x_stride=b.hidden.stride,
+        width=padded(spec.width),
+        y=r.routed.at,
+        y_stride=r.routed.stride,
+        places=r.places,
+        active=spec.active_experts,
+        weights=r.weights.at,
+        weights_stride=r.weights.stride,
+        shared=r.shared.out.at if r.shared else -1,
+        shared_stride=r.shared.out.stride if r.shared else 0,
+    )

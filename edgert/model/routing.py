@@ -1,0 +1,35 @@
+"""The buffers of layers with experts: which token goes where, and the rows of every expert."""
+
+from edgert.config import ModelSpec
+from edgert.kernels.experts import COUNTERS
+from edgert.state import Layout
+
+
+class Routing:
+    """One set for all layers. An entry is one token at one of its experts; there are T * k of them."""
+
+    def __init__(self, spec: ModelSpec, rows: int, layout: Layout) -> None:
+        active, experts = spec.active_experts, spec.experts
+        entries = rows * active
+        self.logits = layout.rows(rows, experts)  # [T, E]
+        self.weights = layout.rows(rows, active + 1)  # [T, k] and the weight of the shared expert
+        self.routed = layout.rows(entries, spec.width, quantized=True)  # [T*k, D] in, then out
+        self.gate = layout.rows(entries, spec.expert_width, quantized=True)  # [T*k, F]
+        self.up = layout.rows(entries, spec.expert_width)  # [T*k, F]
+        self.chosen = layout.integers(entries)  # [T, k] experts, best first
+        self.sources = layout.integers(entries)  # [T*k] the row of each entry
+        self.places = layout.integers(entries)  # [T, k] the entry of each choice
+        self.starts = layout.integers(experts + 1)  # [E + 1] the first entry of each expert
+        self.busy = layout.integers(experts + 1)  # the number of experts with entries, and these
+        self.counters = layout.integers(experts * COUNTERS)  # [E, COUNTERS] see kernels/experts.py
+        self.shared = Shared(spec, rows, layout) if spec.shared_width else None
+
+
+class Shared:
+    """The buffers of the expert that every token takes."""
+
+    def __init__(self, spec: ModelSpec, rows: int, layout: Layout) -> None:
+        self.logit = layout.rows(rows, 1)  # [T, 1]
+        self.gate = layout.rows(rows, spec.shared_width, quantized=True)  # [T, F]
+        self.up = layout.rows(rows, spec.shared_width)  # [T, F]
+        self.out = layout.rows(rows, spec.width)  # [T, D]

@@ -1,0 +1,178 @@
+"""The experts of one layer: whoever is free takes a unit of any expert that is there.
+
+    h[i] = act(Wg x[i]) * (Wu x[i]);  y[i] = Wd h[i]        i: the entries of an expert (routing.py)
+
+An expert is three matrices, one after another: gate [F, D], up [F, D], down [D, F]. Its units are
+first blocks of gate and up, each unit finishing its part of h, and when all of them are done blocks
+of down. No barrier lies between: while one expert waits (for its last unit, or to arrive from flash)
+the others are computed. Each output is whole in one unit, so no result depends on the order.
+"""
+
+from edgert.kernels import atomics, matmul
+from edgert.kernels.activation import gate
+from edgert.kernels.jit import jit
+from edgert.kernels.quantize import quantize
+
+COUNTERS = 4
+"""Words per busy expert: units of up taken and done, units of down taken and done."""
+_UP, _UP_DONE, _DOWN, _DOWN_DONE = range(COUNTERS)
+
+TABLE = 2
+"""Words per expert of the table: the byte of the pool where it lies, and its precision."""
+
+NOTHING, WORKED, EMPTY = 0, 1, 2
+
+
+@jit
+def _up(
+    pool,
+    at,
+    quant,
+    groups,
+    blocks,
+    first,
+    last,
+    kind,
+    entry,
+    rows,
+    f,
+    x,
+    g,
+    u,
+    stride,
+    xq,
+    xs,
+    xn,
+    q,
+    h,
+    most,
+    ahead,
+):
+    """Blocks first..last-1 of gate and up for `rows` entries from `entry`, and their part of h.
+
+    `first` is even: two blocks of 16 are a group of h.
+    """
+    size = groups * matmul.record_bytes(quant)
+    width = groups * 32
+    row_x, row_q = x + entry * width, q + entry * groups
+    row_g, row_u = g + entry * stride, u + entry * stride
+    for t in range(rows):
+        f[row_g + t * stride + first * 16 : row_g + t * stride + last * 16] = 0
+        f[row_u + t * stride + first * 16 : row_u + t * stride + last * 16] = 0
+    for part, y in ((0, row_g), (1, row_u)):
+        w_at = at + part * blocks * size
+        matmul.matmul(
+            quant,
+            pool,
+            w_at,
+            groups,
+            first,
+            last,
+            rows,
+            f,
+            row_x,
+            width,
+            xq,
+            xs,
+            xn,
+            row_q,
+            y,
+            stride,
+            most,
+            ahead,
+        )
+    for t in range(rows):
+        part = t * stride + first * 16
+        gate(kind, f, row_g + part, f, row_u + part, (last - first) * 16)
+        if quant >= matmul.Q8:
+            into = h + (entry + t) * (stride // 32) + first // 2
+            quantize(f, row_g + part, (last - first + 1) // 2, xq, xs, xn, into)
+
+
+@jit
+def _down(pool, at, quant, groups, first, last, entry, rows, f, g, y, y_stride, xq, xs, xn, h, most, ahead):
+    """Blocks first..last-1 of down for `rows` entries from `entry`."""
+    row_y, stride = y + entry * y_stride, groups * 32
+    for t in range(rows):
+        f[row_y + t * y_stride + first * 16 : row_y + t * y_stride + last * 16] = 0
+    row_g, row_h = g + entry * stride, h + entry * groups
+    matmul.matmul(
+        quant,
+        pool,
+        at,
+        groups,
+        first,
+        last,
+        rows,
+        f,
+        row_g,
+        stride,
+        xq,
+        xs,
+        xn,
+        row_h,
+        row_y,
+        y_stride,
+        most,
+        ahead,
+    )
+
+
+@jit
+def _unit(c, i, pool, table, routes, f, xq, xs, xn):
+    """Take and compute one unit of the i-th busy expert; WORKED, NOTHING to take now, or EMPTY for good."""
+    word, groups, blocks, inner, outer, unit = c[3], c[4], c[5], c[6], c[7], c[8]
+    kind, x, q, g, u, h = c[9], c[10], c[11], c[12], c[13], c[14]
+    starts, busy, counters = c[15], c[16], c[17] + i * COUNTERS
+    expert = routes[busy + 1 + i]
+    at = atomics.load(table, word + expert * TABLE)
+    quant = table[word + expert * TABLE + 1]
+    entry = routes[starts + expert]
+    rows = routes[starts + expert + 1] - entry
+    units = (blocks + unit - 1) // unit
+    if atomics.load(routes, counters + _UP) < units:
+        mine = atomics.fetch_add(routes, counters + _UP, 1)
+        if mine < units:
+            first, last = mine * unit, min(blocks, mine * unit + unit)
+            _up(
+                pool, at, quant, groups, blocks, first, last, kind, entry, rows, f, x, g, u, inner * 32,
+                xq, xs, xn, q, h, c[18], c[19],
+            )  # fmt: skip
+            atomics.fetch_add(routes, counters + _UP_DONE, 1)
+            return WORKED
+    if atomics.load(routes, counters + _UP_DONE) < units:
+        return NOTHING
+    units = (outer + unit - 1) // unit
+    if atomics.load(routes, counters + _DOWN) >= units:
+        return EMPTY
+    mine = atomics.fetch_add(routes, counters + _DOWN, 1)
+    if mine >= units:
+        return EMPTY
+    first, last = mine * unit, min(outer, mine * unit + unit)
+    down = at + 2 * blocks * groups * matmul.record_bytes(quant)
+    _down(
+        pool, down, quant, inner, first, last, entry, rows, f, g, x, groups * 32, xq, xs, xn, h, c[18], c[19]
+    )
+    atomics.fetch_add(routes, counters + _DOWN_DONE, 1)
+    return WORKED
+
+
+@jit
+def run_experts(c, pool, table, routes, f, xq, xs, xn):
+    """Take units until none is left to take; every thread of the team calls this, then meets a barrier."""
+    count = routes[c[16]]
+    first = 0  # all before it are empty
+    while first < count:
+        worked = False
+        i = first
+        while i < count:
+            state = _unit(c, i, pool, table, routes, f, xq, xs, xn)
+            if state == WORKED:
+                worked = True
+            elif state == EMPTY and i == first:
+                first += 1
+                i += 1
+            else:
+                i += 1
+        if not worked and first < count:
+            atomics.pause()

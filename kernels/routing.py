@@ -1,0 +1,92 @@
+"""Which experts a row of tokens needs, and the rows of each expert side by side.
+
+The choice falls on float32 logits of a float32 matrix: a rounding would flip it between experts of
+nearly equal logits, and the output would change by far more than a rounding.
+"""
+
+import numpy as np
+
+from edgert.kernels import simd
+from edgert.kernels.elementwise import exp
+from edgert.kernels.jit import jit, kernel
+from edgert.kernels.reference import routing as _twin
+from edgert.kernels.softmax import softmax
+from edgert.kernels.topk import topk
+
+
+@jit
+def _sigmoid(x):
+    one = simd.splat(1.0)
+    minus = simd.sub(simd.splat(0.0), simd.splat(x))
+    return np.float32(simd.max_lanes(simd.div(one, simd.add(one, exp(minus)))))
+
+
+@kernel(_twin.route)
+def route(x, x_at, experts, active, normalized, shared_at, chosen, chosen_at, weights, weights_at):
+    """The `active` experts of the largest logits x[x_at : x_at + experts], and their weights.
+
+    chosen[chosen_at + r] is the r-th best expert, of equal ones the lower first; weights[weights_at + r]
+    its probability, softmax over all experts, divided by the sum over the chosen ones where
+    `normalized`. Where shared_at >= 0, weights[weights_at + active] = sigmoid(x[shared_at]), the weight
+    of the shared expert (Qwen2-MoE). x is scratch: its blocks of 16 are overwritten.
+    """
+    topk(x, x_at, experts, active, chosen[chosen_at : chosen_at + active])
+    total = softmax(x, x_at, 0, experts)
+    if normalized:
+        total = np.float32(0.0)
+        for r in range(active):
+            total += x[x_at + chosen[chosen_at + r]]
+    for r in range(active):
+        weights[weights_at + r] = x[x_at + chosen[chosen_at + r]] / total
+    if shared_at >= 0:
+        weights[weights_at + active] = _sigmoid(x[shared_at])
+
+
+@kernel(_twin.group)
+def group(rows, active, experts, routes, chosen, sources, places, starts, busy):
+    """Sort the choices of `rows` rows by expert, rows in order; all operands are places in `routes`.
+
+    chosen [rows, active] is read. Written: sources[i], the row of entry i; places[t * active + r], the
+    entry of the r-th choice of row t; starts[e] .. starts[e + 1], the entries of expert e;
+    busy, the number of experts that have any and then these, ascending.
+    """
+    count = rows * active
+    for e in range(experts + 1):
+        routes[starts + e] = 0
+    for i in range(count):
+        routes[starts + routes[chosen + i] + 1] += 1
+    held = 0
+    for e in range(experts):
+        if routes[starts + e + 1] > 0:
+            held += 1
+            routes[busy + held] = e
+        routes[starts + e + 1] += routes[starts + e]
+    routes[busy] = held
+    for i in range(count):  # starts[e] runs through the entries of e ...
+        e = routes[chosen + i]
+        entry = routes[starts + e]
+        routes[starts + e] = entry + 1
+        routes[sources + entry] = i // active
+        routes[places + i] = entry
+    for e in range(experts, 0, -1):  # ... and is put back
+        routes[starts + e] = routes[starts + e - 1]
+    routes[starts] = 0
+
+
+@kernel(_twin.combine)
+def combine(x, x_at, width, y, y_at, y_stride, routes, places, active, weights, weights_at, shared_at):
+    """x[i] += the weighted sum of a row's experts, in the order of their choice whatever came first.
+
+    y holds one row per entry of `group`; the sum is one chain of fused multiply-adds from 0 over
+    r = 0 .. active - 1, and last, where shared_at >= 0, the row y[shared_at] of the shared expert.
+    `width` is a multiple of 16.
+    """
+    for i in range(0, width, 16):
+        total = simd.splat(0.0)
+        for r in range(active):
+            row = y_at + routes[places + r] * y_stride
+            total = simd.fma(simd.splat(weights[weights_at + r]), simd.load_f32(y, row + i), total)
+        if shared_at >= 0:
+            weight = simd.splat(weights[weights_at + active])
+            total = simd.fma(weight, simd.load_f32(y, shared_at + i), total)
+        simd.store_f32(x, x_at + i, simd.add(simd.load_f32(x, x_at + i), total))
