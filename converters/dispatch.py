@@ -25,7 +25,7 @@ def convert(
 
     `source` is a Hugging Face folder, or a GGUF file or one of its parts; `quant` is one name for
     all matrices ("f32", "f16", "q8", "q4") or a QuantSpec, by default q4 for a folder and for a
-    GGUF file what it has, as near as ours come; `progress` is called after every slab; `exits` is
+    GGUF file what it has (q8 where ours has no like); `progress` is called after every slab; `exits` is
     a file of `edgert train exits` for a folder (by default its own exits.safetensors, if it has
     one). An existing `out` is replaced when the conversion is complete; a conversion that fails
     leaves it as it was.

@@ -41,7 +41,7 @@ def export(folder: Path, out: Path, kind: str = "F32", parts: int = 0) -> None:
     split = {"split_max_tensors": parts, "small_first_shard": False} if parts else {}
     writer = gguf.GGUFWriter(out, architecture, **split)
     _write_keys(writer, config)
-    write_vocabulary(writer, json.loads((folder / "tokenizer.json").read_text()))
+    write_vocabulary(writer, json.loads((folder / "tokenizer.json").read_text()), size=config["vocab_size"])
     for name, values in _tensors(folder, config):
         put(writer, name, values, kind if values.ndim == 2 else "F32")
     finish(writer)
@@ -134,11 +134,16 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Floats:
     return factors.astype(np.float32)
 
 
-def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: dict[str, Any], pre: str = "gpt-2") -> None:
-    """A tokenizer.json as metadata: byte-level BPE, or a SentencePiece model with its scores."""
+def write_vocabulary(
+    writer: gguf.GGUFWriter, tokenizer: dict[str, Any], pre: str = "gpt-2", size: int = 0
+) -> None:
+    """A tokenizer.json as metadata: byte-level BPE, or a SentencePiece model with its scores.
+
+    It is filled up to `size` tokens, for llama.cpp wants as many as the embedding has rows.
+    """
     model, added = tokenizer["model"], {t["id"]: t for t in tokenizer["added_tokens"]}
     ids = {i: token for token, i in model["vocab"].items()} | {i: t["content"] for i, t in added.items()}
-    tokens = [ids.get(i, f"[PAD{i}]") for i in range(max(ids) + 1)]
+    tokens = [ids.get(i, f"[PAD{i}]") for i in range(max(size, max(ids) + 1))]
     kinds = [_kind(i, ids, added, model.get("unk_token")) for i in range(len(tokens))]
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges", [])]
     is_byte_level = '"ByteLevel"' in json.dumps(tokenizer["decoder"])

@@ -84,8 +84,8 @@ KEPT = {
     "Q5_0": ("q8", True),
     "Q5_1": ("q8", False),
     "Q4_0": ("q4", True),
-    "Q4_1": ("q4", False),
-    "MXFP4": ("q4", False),
+    "Q4_1": ("q8", False),
+    "MXFP4": ("q8", True),
 }
 
 
@@ -176,7 +176,7 @@ def test_metadata_that_chat_needs(tmp_path: Path) -> None:
 def test_the_report_says_what_became_of_each_type(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     outcome = cli("convert", exported(tmp_path, kind="Q4_1"), "-o", tmp_path / "m.ert")
     assert outcome.status == 0
-    assert "Q4_1 -> q4   rounded, error up to" in outcome.out
+    assert "Q4_1 -> q8   rounded, error up to" in outcome.out
     outcome = cli("convert", exported(tmp_path, kind="Q4_0"), "-o", tmp_path / "m.ert")
     assert "Q4_0 -> q4   exact" in outcome.out
 
@@ -362,6 +362,12 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], type[EdgertError], str]] = {
         {"blk.0.ffn_up.weight": np.full((96, 64), np.nan, np.float32)},
         ConversionError,
         "layers.0.up: found NaN or infinity",
+    ),
+    "more tokens than rows": (
+        {"llama.vocab_size": 64},
+        {"token_embd.weight": np.zeros((64, 64), np.float32)},
+        ConversionError,
+        "found 128 tokens and token_embd.weight of 64 rows",
     ),
     "no vocabulary": ({"tokenizer.ggml.tokens": None}, {}, ConversionError, "no tokenizer.ggml.tokens"),
     "a template that is a number": (

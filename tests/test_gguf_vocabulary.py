@@ -1,5 +1,6 @@
 """Vocabularies of GGUF: the ids of llama.cpp, the flags of the metadata, and what is refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgert.converters.gguf.pretokenizers import PRE_TOKENIZERS
 from edgert.converters.gguf.reader import GgufFile
 from edgert.converters.gguf.vocabulary import Vocabulary, read_vocabulary
 from edgert.errors import ConversionError, EdgertError, UnsupportedError
@@ -211,3 +213,31 @@ def test_what_is_no_vocabulary_is_one_line(name: str) -> None:
     with pytest.raises(kind, match=expected) as caught:
         read(keys)
     assert "\n" not in str(caught.value)
+
+
+GOLDENS = Path(__file__).parent / "goldens" / "gguf_tokens.json"
+STORED: dict[str, Any] = json.loads(GOLDENS.read_text(encoding="utf-8"))
+
+
+def test_every_cut_has_goldens() -> None:
+    assert set(STORED["ids"]) == {*PRE_TOKENIZERS, "sentence_piece"}
+
+
+# Where llama.cpp departs from the models' own patterns: it takes no marks into the words of Tekken and
+# GPT-4o, and of DeepSeek Coder's ranges it misses the spaces outside ASCII.
+DEPARTURES = {"tekken": "\u0939\u0301", "gpt-4o": "\u0939\u0301", "deepseek-coder": "\u3000"}
+
+
+@pytest.mark.parametrize("pre", sorted(STORED["ids"]))
+def test_ids_are_those_of_llama_cpp(pre: str) -> None:
+    """`tools/check_gguf.py tokens --write` stores them."""
+    kind = "sentence_piece" if pre == "sentence_piece" else "byte_level"
+    keys = STORED["metadata"][kind] | ({"pre": pre} if kind == "byte_level" else {})
+    typed = {k: np.array(v) if k in ("token_type", "scores") else v for k, v in keys.items()}
+    found = tokenizer({f"tokenizer.ggml.{key}": value for key, value in typed.items()})
+    compared = 0
+    for text, expected in zip(STORED["texts"], STORED["ids"][pre], strict=True):
+        if not set(text) & set(DEPARTURES.get(pre, "")):
+            assert found.encode(text) == expected, text
+            compared += 1
+    assert compared >= len(STORED["texts"]) - 2

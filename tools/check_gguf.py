@@ -161,10 +161,26 @@ class Row:
     kind: str
     kept_as: str
     agreement: float  # of the most likely token
-    largest: float  # difference of logits
+    difference: "Distance"  # between the two
+    theirs: "Distance"  # llama.cpp from the file's weights in float32 arithmetic
+    ours: "Distance"  # edgert from the same
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Between two sets of logits."""
+
+    largest: float
     mean: float
-    own_noise: float  # llama.cpp's largest, one token at a time against all at once
-    spread: float  # standard deviation of its logits
+
+    @classmethod
+    def between(cls, one: NDArray[np.float32], two: NDArray[np.float32]) -> "Distance":
+        """Of absolute differences."""
+        difference = np.abs(one - two)
+        return cls(float(difference.max()), float(difference.mean()))
+
+    def __str__(self) -> str:
+        return f"{self.largest:.1e}, {self.mean:.1e}"
 
 
 @main.command()
@@ -173,15 +189,15 @@ class Row:
 @click.option("--count", default=64, show_default=True, help="Tokens of the text that is compared.")
 def logits(peer: str, models: tuple[Path, ...], count: int) -> None:
     """Logits of the bundled model, of random ones, and of MODELS, as a Markdown table."""
-    print("| model | type | ours | same best token | largest difference | mean | llama.cpp's own noise |")
+    print("| model | type | ours | same best token | difference | llama.cpp's error | edgert's error |")
     print("|---|---|---|---|---|---|---|")
     with oracle(peer) as llama_cpp, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for path in (*files(folder, llama_cpp), *models):
             row = compare(path, llama_cpp, folder, count)
             print(
-                f"| {row.model} | {row.kind} | {row.kept_as} | {row.agreement:.1%} | {row.largest:.2g} | "
-                f"{row.mean:.2g} | {row.own_noise:.2g} |",
+                f"| {row.model} | {row.kind} | {row.kept_as} | {row.agreement:.1%} | {row.difference} | "
+                f"{row.theirs} | {row.ours} |",
                 flush=True,
             )
 
@@ -220,33 +236,32 @@ def write_wide(folder: Path, path: Path) -> None:
 
 
 def compare(path: Path, llama_cpp: Oracle, folder: Path, count: int) -> Row:
-    """Convert a file and run both on one text."""
-    converted = folder / "converted.ert"
+    """Convert a file, once as it is and once to float32, and run all on one text.
+
+    The float32 file holds the very weights of the source, so that both programs' distance from its
+    logits is what their own arithmetic, and what edgert rounded, cost.
+    """
+    converted, out = folder / "converted.ert", folder / "logits.npy"
     report = edgert.convert(path, converted)
     matrices = [t for t in report.tensors if len(t.shape) == 2 and "embedding" not in t.name]
     with edgert.load(converted, threads=1) as model:
         vocab = model.spec.vocab
         text = [1, *((np.arange(count - 1) * 7919 + 5) % (vocab - 3) + 3).tolist()]
         ours = model.logits(text)
-
-    def theirs(batch: int) -> NDArray[np.float32]:
-        out = folder / "logits.npy"
-        llama_cpp.ask(do="logits", file=str(path), tokens=text, out=str(out), batch=batch)
-        rows: NDArray[np.float32] = np.load(out)
-        return rows
-
-    whole, single = theirs(count), theirs(1)
-    difference = np.abs(ours - whole)
+    edgert.convert(path, converted, "f32")
+    with edgert.load(converted, threads=1) as model:
+        exact = model.logits(text)
+    llama_cpp.ask(do="logits", file=str(path), tokens=text, out=str(out), batch=count)
+    theirs: NDArray[np.float32] = np.load(out)
     name, _, kind = path.stem.rpartition(".")
     return Row(
         model=name or path.stem,
         kind=kind,
         kept_as="+".join(sorted({t.quant for t in matrices})),
-        agreement=float((ours.argmax(1) == whole.argmax(1)).mean()),
-        largest=float(difference.max()),
-        mean=float(difference.mean()),
-        own_noise=float(np.abs(whole - single).max()),
-        spread=float(whole.std()),
+        agreement=float((ours.argmax(1) == theirs.argmax(1)).mean()),
+        difference=Distance.between(ours, theirs),
+        theirs=Distance.between(theirs, exact),
+        ours=Distance.between(ours, exact),
     )
 
 

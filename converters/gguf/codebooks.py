@@ -94,12 +94,12 @@ def _iq1_m(b: Any) -> Floats:
 
 
 CODEBOOK_TYPES: Final = {
-    16: TensorType("IQ2_XXS", 256, 66, _iq2_xxs, "q4"),
-    17: TensorType("IQ2_XS", 256, 74, _iq2_xs, "q4"),
-    18: TensorType("IQ3_XXS", 256, 98, _iq3_xxs, "q4"),
-    19: TensorType("IQ1_S", 256, 50, _iq1_s, "q4"),
-    21: TensorType("IQ3_S", 256, 110, _iq3_s, "q4"),
-    22: TensorType("IQ2_S", 256, 82, _iq2_s, "q4"),
-    29: TensorType("IQ1_M", 256, 56, _iq1_m, "q4"),
+    16: TensorType("IQ2_XXS", 256, 66, _iq2_xxs, "q8"),
+    17: TensorType("IQ2_XS", 256, 74, _iq2_xs, "q8"),
+    18: TensorType("IQ3_XXS", 256, 98, _iq3_xxs, "q8"),
+    19: TensorType("IQ1_S", 256, 50, _iq1_s, "q8"),
+    21: TensorType("IQ3_S", 256, 110, _iq3_s, "q8"),
+    22: TensorType("IQ2_S", 256, 82, _iq2_s, "q8"),
+    29: TensorType("IQ1_M", 256, 56, _iq1_m, "q8"),
 }
 """By their number in the format."""

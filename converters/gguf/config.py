@@ -106,7 +106,7 @@ def read_decoder(file: GgufFile, eos_ids: Iterable[int]) -> Decoder:
             kv_heads=_uniform(config, "attention.head_count_kv", heads),
             head_dim=head_dim,
             ffn_width=_uniform(config, "feed_forward_length"),
-            vocab=_embedding(file).shape[0],
+            vocab=_vocab(file),
             context=rope.context,
             norm_eps=config.number("attention.layer_norm_rms_epsilon"),
             tied_embeddings=gguf_name("output") not in file.tensors,
@@ -159,6 +159,17 @@ def _layers(config: HfConfig, file: GgufFile) -> int:
             "tensors of the file; download the file again"
         )
     return layers
+
+
+def _vocab(file: GgufFile) -> int:
+    """A row of the embedding for every token; there may be more rows."""
+    rows, tokens = _embedding(file).shape[0], file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > rows:
+        raise ConversionError(
+            f"{file.path}: found {len(tokens)} tokens and token_embd.weight of {rows} rows, "
+            "expected a row for each; download the file again"
+        )
+    return rows
 
 
 def _embedding(file: GgufFile) -> GgufTensor:

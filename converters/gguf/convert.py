@@ -81,8 +81,8 @@ def convert_gguf(
 ) -> ConversionReport:
     """Convert a GGUF file, or a split one given any of its parts, one slab of rows in memory at a time.
 
-    Without `quant` a matrix keeps its type where ours holds it, Q4_0 and Q8_0 bit for bit, and
-    otherwise gets ours of about its size. Raises as `edgert.converters.convert`.
+    Without `quant` a matrix keeps its type where ours holds it, Q4_0 and Q8_0 bit for bit; others
+    become q8, whose error is below that of the products themselves. Raises as `edgert.converters.convert`.
     """
     file = open_gguf(Path(path))
     vocabulary = read_vocabulary(file)

@@ -25,7 +25,7 @@ class TensorType:
     block: int
     nbytes: int
     decode: Callable[[Bytes], Decoded] | None  # blocks' bytes [n, nbytes]; None for no type of weights
-    kept_as: Quant  # ours that holds it at about its size
+    kept_as: Quant  # the smallest of ours that loses nothing, or less than a product's own rounding
 
     def weights(self, raw: Bytes) -> Floats | Codes:
         """Rows of bytes [N, ...] to weights [N, K]."""

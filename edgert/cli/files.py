@@ -31,7 +31,7 @@ from edgert.format.verify import check
 @click.option(
     "--quant",
     type=click.Choice(QUANTS),
-    help="Precision of matrices. [default: q4; of a GGUF file, what it has]",
+    help="Precision of matrices. [default: q4; of a GGUF file what it has, or q8 where that has no like]",
 )
 @click.option(
     "--split", "layer", type=int, metavar="LAYER", help="Write two halves, cut before this layer (hand-off)."
