@@ -1,7 +1,8 @@
 """From the formats models are published in to one .ert file. Converters never import the engine."""
 
 from edgert.converters.dispatch import convert
+from edgert.converters.hf import describe_folder
 from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.converters.split import split
 
-__all__ = ["ConversionReport", "Progress", "TensorReport", "convert", "split"]
+__all__ = ["ConversionReport", "Progress", "TensorReport", "convert", "describe_folder", "split"]

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,8 @@ def convert_hf(
     cannot run, ConversionError for damaged files and a full disk, OptionError for `quant`.
     """
     folder, quant = Path(folder), quant_spec(quant)
-    if not (folder / "config.json").is_file():
-        raise NotAModelError(
-            f"{folder}: found no config.json, expected a Hugging Face model folder; "
-            "check the path or download the model"
-        )
-    tensors = open_folder(folder)
-    decoder, metadata = _decoder(folder, tensors), _metadata(folder)
-    tensors = decoder.split(tensors)
-    _check_tensors(decoder, tensors, folder)
+    decoder, tensors = _open(folder)
+    metadata = _metadata(folder)
     heads = _exits(folder, exits, decoder.spec, tensors)
     if heads is not None:
         decoder = replace(decoder, spec=replace(decoder.spec, exits=heads.layers))
@@ -82,6 +75,36 @@ def convert_hf(
     weights = HfWeights(decoder, tensors)
     quants = quants_of(decoder.spec, quant)
     return write_model(Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What is known of a folder before its weights are read."""
+
+    spec: ModelSpec
+    fingerprint: str  # names the model's weights (see converters/exits.py)
+
+
+def describe_folder(folder: str | os.PathLike[str]) -> Description:
+    """The model in a Hugging Face folder, checked as for a conversion; raises what `convert_hf` raises."""
+    folder = Path(folder)
+    decoder, tensors = _open(folder)
+    _tokenizer_json(folder)
+    return Description(decoder.spec, fingerprint(tensors[source_name("output_norm")]))
+
+
+def _open(folder: Path) -> tuple[Decoder, dict[str, SourceTensor]]:
+    """What the folder's config.json describes, and its tensors, all of which are there."""
+    if not (folder / "config.json").is_file():
+        raise NotAModelError(
+            f"{folder}: found no config.json, expected a Hugging Face model folder; "
+            "check the path or download the model"
+        )
+    tensors = open_folder(folder)
+    decoder = _decoder(folder, tensors)
+    tensors = decoder.split(tensors)
+    _check_tensors(decoder, tensors, folder)
+    return decoder, tensors
 
 
 def _exits(

@@ -131,8 +131,9 @@ def test_the_command_takes_exits_and_inspect_shows_them(
     exits, out = write_exits(folder, tmp_path / "e.safetensors"), tmp_path / "m.ert"
     assert cli("convert", folder, "-o", out, "--exits", exits).status == 0
     shown = cli("inspect", out).out
-    assert "exit after 2 layers: temperature 0.750; 100% of tokens >= 0 sure, 70.0% of them" in shown
-    assert "40% of tokens >= 0.9 sure, 100.0% of them as the whole model" in shown
+    assert "exit after 2 layers, temperature 0.75: right for 70.0% of tokens; sure, 75.0% where" in shown
+    assert "100.0% where >= 0.9 (40% of them)" in shown
+    assert '"temperature"' not in shown
     assert json.loads(cli("inspect", out, "--json").out)["exits"]["1"] == CALIBRATION
     missing = cli("convert", folder, "-o", out, "--exits", tmp_path / "no.safetensors")
     assert (missing.status, missing.err.count("\n")) == (1, 1)

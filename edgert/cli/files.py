@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from edgert.cli.options import FILE, size_text
+from edgert.cli.options import FILE, size_text, trust_text
 from edgert.config import QUANTS, Quant
 from edgert.converters import ConversionReport, convert, split
 from edgert.errors import UsageError
-from edgert.format import ErtFile, ExitCalibration
+from edgert.format import ErtFile
+from edgert.format.exits import EXITS_KEY
 from edgert.format.verify import check
 
 
@@ -125,22 +126,15 @@ def inspect_command(file: Path, as_json: bool) -> None:
     for name, value in spec.items():
         print(f"  {name:<16} {value}")
     for name, text in metadata.items():
+        if name == EXITS_KEY:
+            continue  # shown below, for people
         line = " ".join(text.split())
         print(f"  {name:<16} {line if len(line) <= 70 else line[:67] + '...'}")
     for layer, exit_ in exits.items():
-        print(f"  exit after {layer} layers: temperature {exit_.temperature:.3f}; {_trust(exit_)}")
+        print(f"  exit after {layer} layers, {trust_text(exit_)}")
     for t in tensors:
         shape = " x ".join(map(str, t.shape))
         print(f"  {t.name:<28} {shape:<16} {t.quant:<4} {size_text(t.nbytes):>12}")
-
-
-def _trust(exit_: ExitCalibration) -> str:
-    """What share of tokens an exit is sure of, and how often it is then right."""
-    found = ((least, *exit_.above(least)) for least in exit_.confidence if least in (0.0, 0.5, 0.8, 0.9))
-    return ", ".join(
-        f"{share:.0%} of tokens >= {least:g} sure, {agreed:.1%} of them as the whole model"
-        for least, share, agreed in found
-    )
 
 
 @click.command("verify")

@@ -25,6 +25,7 @@ _VERBS = {
     "probe": "device",
     "doctor": "device",
     "warmup": "device",
+    "train": "train",
     "demo": "demo",
 }
 

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import click
 
+from edgert.format import ExitCalibration
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
 
@@ -75,3 +77,10 @@ def size_text(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+
+
+def trust_text(exit_: ExitCalibration) -> str:
+    """An exit for people: its temperature, how often it is right, and how often where it is sure."""
+    sure = ((least, *exit_.above(least)) for least in exit_.confidence if least in (0.5, 0.8, 0.9, 0.95))
+    where = ", ".join(f"{right:.1%} where >= {least:g} ({share:.0%} of them)" for least, share, right in sure)
+    return f"temperature {exit_.temperature:.2f}: right for {exit_.above(0)[1]:.1%} of tokens; sure, {where}"
