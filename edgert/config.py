@@ -11,8 +11,8 @@ from edgert.errors import OptionError
 
 Quant = Literal["f32", "f16", "q8", "q4"]
 QUANTS: tuple[Quant, ...] = ("f32", "f16", "q8", "q4")
-KvType = Literal["f16", "q8"]
-KV_TYPES: tuple[KvType, ...] = ("f16", "q8")
+KvType = Literal["f16", "q8", "q4"]
+KV_TYPES: tuple[KvType, ...] = ("f16", "q8", "q4")
 Activation = Literal["silu", "relu", "relu2", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "relu", "relu2", "gelu_tanh")
 

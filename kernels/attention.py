@@ -7,61 +7,58 @@ own slots, position base + j is in slot path[path_at + j].
 Order of operations, for every machine: a score is one chain of fma over the dimensions, (for q8
 times the key's scale,) times `scale`; softmax.py; (for q8 each probability times its value's scale;)
 an output is one chain of fma over the positions, divided by the sum.
+
+A q4 cache holds H k / n and H v / n (hadamard.py, n its block). There the query is rotated to H q and
+quantised as the activations of a matrix product are, a score is such a product with the keys' records,
+and H takes the output back: H (H v / n) = v.
 """
 
 import numpy as np
 
-from edgert.kernels import simd
-from edgert.kernels.attention_tiles import score_tile, value_tile
+from edgert.kernels import matmul, simd, tiles
+from edgert.kernels.attention_tiles import HEADS, add_values, block_scores
 from edgert.kernels.elementwise import fma, read_f16, read_f32
+from edgert.kernels.hadamard import hadamard
 from edgert.kernels.jit import jit, kernel
-from edgert.kernels.kv import F16, Q8
+from edgert.kernels.kv import F16, KEY_RECORD, Q4, Q8, VALUE_RECORD
+from edgert.kernels.quantize import quantize
 from edgert.kernels.reference import attention as _twin
 from edgert.kernels.softmax import softmax
 
 MOST_HEADS = 4
 """Most query heads of one call: one load of the cache serves them all."""
 
-_scores_f16_1, _scores_f16_2, _scores_f16_4 = (score_tile(F16, heads) for heads in (1, 2, 4))
-_scores_q8_1, _scores_q8_2, _scores_q8_4 = (score_tile(Q8, heads) for heads in (1, 2, 4))
-_values_f16_1, _values_f16_2, _values_f16_4 = (value_tile(F16, heads) for heads in (1, 2, 4))
-_values_q8_1, _values_q8_2, _values_q8_4 = (value_tile(Q8, heads) for heads in (1, 2, 4))
+_record_scores = tiles.quantized_product("q4", HEADS)
 
 
 @jit
-def _block_scores(kind, heads, kv, keys, blocks, d, q, q_at, s, s_at, s_stride):
-    """Scores of whole blocks of keys, for 1, 2 or 4 heads."""
-    if kind == F16:
-        if heads == 4:
-            _scores_f16_4(kv, keys, blocks, d, q, q_at, s, s_at, s_stride)
-        elif heads == 2:
-            _scores_f16_2(kv, keys, blocks, d, q, q_at, s, s_at, s_stride)
-        else:
-            _scores_f16_1(kv, keys, blocks, d, q, q_at, s, s_at, s_stride)
-    elif heads == 4:
-        _scores_q8_4(kv, keys, blocks, d, q, q_at, s, s_at, s_stride)
-    elif heads == 2:
-        _scores_q8_2(kv, keys, blocks, d, q, q_at, s, s_at, s_stride)
-    else:
-        _scores_q8_1(kv, keys, blocks, d, q, q_at, s, s_at, s_stride)
+def width(kind, d):
+    """Length of an output with its padding, and of a rotated query."""
+    return (d + 31) // 32 * 32 if kind == Q4 else (d + 15) // 16 * 16
 
 
 @jit
-def _add_values(kind, heads, kv, values, slab, slabs, count, s, p_at, p_stride, y_at, y_stride):
-    """Weighted sums of the values of `count` positions, for 1, 2 or 4 heads."""
-    if kind == F16:
-        if heads == 4:
-            _values_f16_4(kv, values, slab, slabs, count, s, p_at, p_stride, y_at, y_stride)
-        elif heads == 2:
-            _values_f16_2(kv, values, slab, slabs, count, s, p_at, p_stride, y_at, y_stride)
-        else:
-            _values_f16_1(kv, values, slab, slabs, count, s, p_at, p_stride, y_at, y_stride)
-    elif heads == 4:
-        _values_q8_4(kv, values, slab, slabs, count, s, p_at, p_stride, y_at, y_stride)
-    elif heads == 2:
-        _values_q8_2(kv, values, slab, slabs, count, s, p_at, p_stride, y_at, y_stride)
-    else:
-        _values_q8_1(kv, values, slab, slabs, count, s, p_at, p_stride, y_at, y_stride)
+def _rotate_queries(heads, d, q, q_at, s, at, xq, xs, xn, x_at):
+    """H q of each head, quantised into groups x_at..; s[at:] is room for it."""
+    wide = width(Q4, d)
+    for h in range(heads):
+        row = at + h * wide
+        s[row + d : row + wide] = np.float32(0.0)
+        for i in range(d):
+            s[row + i] = q[q_at + h * d + i]
+        hadamard(s, row, d)
+    quantize(s, at, heads * wide // 32, xq, xs, xn, x_at)
+
+
+@jit
+def _scores_q4(heads, kv, region, d, first, last, s, s_at, s_stride, xq, xs, xn, x_at):
+    """Scores of blocks first..last-1 of q4 keys."""
+    for h in range(heads):
+        s[s_at + h * s_stride + first * 16 : s_at + h * s_stride + last * 16] = np.float32(0.0)
+    groups, ahead = (d + 31) // 32, matmul.AHEAD
+    _record_scores(
+        kv, region, groups, first, last, heads, xq, xs, xn, x_at, s, s_at, s_stride, MOST_HEADS, ahead
+    )
 
 
 @jit
@@ -80,25 +77,30 @@ def _branch_score(kind, kv, keys, d, q, q_at, slot):
 
 
 @jit
+def _branch_score_q4(kv, keys, d, xq, xs, x_at, slot):
+    """`_branch_score` for q4: a lane of a tile of tiles.py."""
+    total, groups = np.float32(0.0), (d + 31) // 32
+    for g in range(groups):
+        record = keys + (slot // 16 * groups + g) * KEY_RECORD
+        whole = 0
+        for i in range(16):
+            byte = np.int64(kv[record + i // 4 * 64 + slot % 16 * 4 + i % 4])
+            low = (x_at + g) * 32 + i // 4 * 8 + i % 4
+            whole += ((byte & 15) - 8) * np.int64(xq[low]) + ((byte >> 4) - 8) * np.int64(xq[low + 4])
+        scale = read_f16(kv, record + 256 + slot % 16 * 2)
+        total = fma(np.float32(whole), np.float32(scale * xs[x_at + g]), total)
+    return np.float32(0.0) + total
+
+
+@jit
 def _scale_scores(kind, kv, key_scales, scale, begin, direct, s, s_at):
     """Scores times the scales of their keys (q8) and the attention's scale."""
     factor = simd.splat(scale)
     for position in range(begin, direct, 16):
         score = simd.load_f32(s, s_at + position)
-        if kind != F16:
+        if kind == Q8:
             score = simd.mul(score, simd.load_f32(kv, key_scales + position * 4))
         simd.store_f32(s, s_at + position, simd.mul(score, factor))
-
-
-@jit
-def _branch_scores(kind, kv, keys, key_scales, d, q, q_at, scale, first, last, base, path, path_at, s, s_at):
-    """Scores of the positions of a tree branch, one by one."""
-    for position in range(max(first, base), last):
-        slot = path[path_at + position - base]
-        score = _branch_score(kind, kv, keys, d, q, q_at, slot)
-        if kind != F16:
-            score = score * read_f32(kv, key_scales + slot * 4)
-        s[s_at + position] = score * np.float32(scale)
 
 
 @jit
@@ -110,58 +112,102 @@ def _scale_weights(kv, value_scales, first, last, base, path, path_at, s, s_at):
 
 
 @jit
-def _branch_values(kind, kv, values, slab, slabs, first, last, base, path, path_at, s, s_at, y_at):
-    """The weighted values of the positions of a tree branch, after those before it."""
-    size = 2 if kind == F16 else 1
-    for position in range(max(first, base), last):
-        slot = path[path_at + position - base]
-        p = simd.splat(s[s_at + position])
-        for b in range(slabs):
-            at = values + b * slab + slot * 16 * size
+def _add_branch_value(kind, kv, values, slab, slabs, slot, p, s, y_at):
+    """y += p * the value in one slot."""
+    weight = simd.splat(p)
+    for b in range(slabs):
+        if kind == Q4:
+            at, out = values + b * slab + slot * VALUE_RECORD, y_at + b * 32
+            scale = simd.splat(read_f16(kv, at))
+            low = simd.mul(simd.load_low_nibbles(kv, at + 2), scale)
+            high = simd.mul(simd.load_high_nibbles(kv, at + 2), scale)
+            simd.store_f32(s, out, simd.fma(weight, low, simd.load_f32(s, out)))
+            simd.store_f32(s, out + 16, simd.fma(weight, high, simd.load_f32(s, out + 16)))
+        else:
+            at, out = values + b * slab + slot * (32 if kind == F16 else 16), y_at + b * 16
             v = simd.load_f16(kv, at) if kind == F16 else simd.load_i8(kv, at)
-            simd.store_f32(s, y_at + b * 16, simd.fma(p, v, simd.load_f32(s, y_at + b * 16)))
+            simd.store_f32(s, out, simd.fma(weight, v, simd.load_f32(s, out)))
 
 
 @kernel(_twin.attention)
 def attention(
-    kind, heads, kv, region, capacity, d, q, q_at, scale, first, last, base, path, path_at, s, s_at, y_at
+    kind,
+    heads,
+    kv,
+    region,
+    capacity,
+    d,
+    q,
+    q_at,
+    scale,
+    first,
+    last,
+    base,
+    path,
+    path_at,
+    s,
+    s_at,
+    y_at,
+    xq,
+    xs,
+    xn,
+    x_at,
 ):
     """1, 2 or 4 query heads q[q_at : +heads * d] over positions first..last-1 of the region at byte `region`.
 
-    The scratch array s holds head h's scores from s_at + h * capacity and receives its output, padded
-    to whole vectors, at y_at + h * 16 * ceil(d / 16). Rows of a plain sequence pass base = last.
+    The scratch array s holds head h's scores from s_at + h * capacity and receives its output at
+    y_at + h * width(kind, d), padded with zeros; one more number per head behind the outputs is used. Groups
+    x_at.. of xq, xs and xn, ceil(d / 32) per head, are scratch for q4. Rows of a plain sequence pass
+    base = last.
     """
-    size = 2 if kind == F16 else 1
-    slabs, slab = (d + 15) // 16, capacity * 16 * size
-    values = region + capacity * d * size
-    key_scales = values + slabs * slab
+    wide = width(kind, d)
+    if kind == Q4:
+        slabs, slab = wide // 32, capacity * VALUE_RECORD
+        values = region + capacity * slabs * (KEY_RECORD // 16)
+    else:
+        size = 2 if kind == F16 else 1
+        slabs, slab = wide // 16, capacity * 16 * size
+        values = region + capacity * d * size
+    key_scales = values + slabs * slab  # of q8
     value_scales = key_scales + capacity * 4
     begin, direct = first // 16 * 16, min(last, base)
     blocks = max(0, (direct - begin + 15) // 16)
-    _block_scores(kind, heads, kv, region + begin * d * size, blocks, d, q, q_at, s, s_at + begin, capacity)
+    if kind == Q4:
+        _rotate_queries(heads, d, q, q_at, s, y_at, xq, xs, xn, x_at)
+        start, end = begin // 16, begin // 16 + blocks
+        _scores_q4(heads, kv, region, d, start, end, s, s_at, capacity, xq, xs, xn, x_at)
+    else:
+        keys = region + begin * d * size
+        block_scores(kind, heads, kv, keys, blocks, d, q, q_at, s, s_at + begin, capacity)
     for h in range(heads):
         row = s_at + h * capacity
         _scale_scores(kind, kv, key_scales, scale, begin, direct, s, row)
-        _branch_scores(
-            kind, kv, region, key_scales, d, q, q_at + h * d, scale, first, last, base, path, path_at, s, row
-        )
-    y_stride = slabs * 16
-    s[y_at : y_at + heads * y_stride] = np.float32(0.0)
+        for position in range(max(first, base), last):
+            slot = path[path_at + position - base]
+            if kind == Q4:
+                score = _branch_score_q4(kv, region, d, xq, xs, x_at + h * slabs, slot)
+            else:
+                score = _branch_score(kind, kv, region, d, q, q_at + h * d, slot)
+            if kind == Q8:
+                score = score * read_f32(kv, key_scales + slot * 4)
+            s[row + position] = score * np.float32(scale)
+    s[y_at : y_at + heads * wide] = np.float32(0.0)
     # The sums of the probabilities wait behind the outputs until the division.
-    sums = y_at + heads * y_stride
+    sums = y_at + heads * wide
     for h in range(heads):
         row = s_at + h * capacity
         s[sums + h] = softmax(s, row, first, last)
-        if kind != F16:
+        if kind == Q8:
             _scale_weights(kv, value_scales, first, last, base, path, path_at, s, row)
-    count = max(0, direct - begin)
-    here = values + begin * 16 * size
-    _add_values(kind, heads, kv, here, slab, slabs, count, s, s_at + begin, capacity, y_at, y_stride)
+    here, count = values + begin * (slab // capacity), max(0, direct - begin)
+    add_values(kind, heads, kv, here, slab, slabs, count, s, s_at + begin, capacity, y_at, wide)
     for h in range(heads):
-        out = y_at + h * y_stride
-        _branch_values(
-            kind, kv, values, slab, slabs, first, last, base, path, path_at, s, s_at + h * capacity, out
-        )
+        out = y_at + h * wide
+        for position in range(max(first, base), last):
+            slot = path[path_at + position - base]
+            _add_branch_value(kind, kv, values, slab, slabs, slot, s[s_at + h * capacity + position], s, out)
         total = simd.splat(s[sums + h])
-        for b in range(slabs):
-            simd.store_f32(s, out + b * 16, simd.div(simd.load_f32(s, out + b * 16), total))
+        for i in range(out, out + wide, 16):
+            simd.store_f32(s, i, simd.div(simd.load_f32(s, i), total))
+        if kind == Q4:
+            hadamard(s, out, d)

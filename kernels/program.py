@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgert.kernels import atomics, matmul, team
 from edgert.kernels import kv as kv_cache
 from edgert.kernels.activation import gate
-from edgert.kernels.attention import MOST_HEADS, attention
+from edgert.kernels.attention import MOST_HEADS, attention, width
 from edgert.kernels.elementwise import read_f32
 from edgert.kernels.embedding import embed
 from edgert.kernels.experts import COUNTERS, run_experts
@@ -60,7 +60,7 @@ FIELDS = {
     ),
     ATTEND: (
         *("q", "q_stride", "heads", "kv_heads", "d", "kind", "region", "region_bytes", "capacity"),
-        *("window", "y", "y_stride", "scratch", "scratch_stride"),
+        *("window", "y", "y_stride", "scratch", "scratch_stride", "queries"),
     ),
     QUANTIZE: ("x", "x_stride", "groups", "xq"),
     GATE: ("kind", "g", "u", "stride", "groups", "xq"),
@@ -181,6 +181,8 @@ def _head(c, eps, unit, rows, me, w, f, kv):
         here, slot = rows[SEQUENCE, t] + region + (h - heads) * region_bytes, rows[SLOT, t]
         if kind == kv_cache.F16:
             kv_cache.store_f16(kv, here, capacity, slot, d, f, at, value)
+        elif kind == kv_cache.Q4:
+            kv_cache.store_q4(kv, here, capacity, slot, d, f, at, value)
         else:
             kv_cache.store_q8(kv, here, capacity, slot, d, f, at, value)
 
@@ -192,7 +194,7 @@ def _pieces(group):
 
 
 @jit
-def _attend(c, scale, unit, rows, paths, me, f, kv):
+def _attend(c, scale, unit, rows, paths, me, f, xq, xs, xn, kv):
     q, q_stride, heads, kv_heads, d, kind = c[3], c[4], c[5], c[6], c[7], c[8]
     region, region_bytes, capacity, window, y, y_stride = c[9], c[10], c[11], c[12], c[13], c[14]
     scratch = c[15] + me * c[16]
@@ -208,7 +210,7 @@ def _attend(c, scale, unit, rows, paths, me, f, kv):
     first = max(0, last - window) if window > 0 else 0
     here, head = rows[SEQUENCE, t] + region + shared * region_bytes, shared * group + start
     at, out = q + t * q_stride + head * d, scratch + MOST_HEADS * capacity
-    direct = rows[DIRECT, t]
+    direct, queries = rows[DIRECT, t], c[17] + me * MOST_HEADS * ((d + 31) // 32)
     attention(
         kind,
         count,
@@ -227,8 +229,12 @@ def _attend(c, scale, unit, rows, paths, me, f, kv):
         f,
         scratch,
         out,
+        xq,
+        xs,
+        xn,
+        queries,
     )
-    wide = (d + 15) // 16 * 16
+    wide = width(kind, d)
     for h in range(count):
         for i in range(d):
             f[y + t * y_stride + (head + h) * d + i] = f[out + h * wide + i]
@@ -315,7 +321,7 @@ def _run_unit(c, real, unit, count, me, w, f, xq, xs, xn, kv, routes, rows, path
     if op == MATMUL:
         _matmul(c, unit, count, w, f, xq, xs, xn)
     elif op == ATTEND:
-        _attend(c, real, unit, rows, paths, me, f, kv)
+        _attend(c, real, unit, rows, paths, me, f, xq, xs, xn, kv)
     elif op == GATE:
         _gate(c, unit, f, xq, xs, xn)
     elif op == NORM:

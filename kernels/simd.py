@@ -383,9 +383,20 @@ def _whole_to_bytes(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.trunc(builder.fptosi(x, i32x16.llvm), ir.VectorType(_I8, 16))
 
 
+def nibble_floats(builder: ir.IRBuilder, stored: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The low and the high nibbles of 16 bytes, less 8, as floats."""
+    wide = builder.zext(stored, i32x16.llvm)
+    halves = (builder.and_(wide, constant(wide.type, 15)), builder.lshr(wide, constant(wide.type, 4)))
+    low, high = (builder.sitofp(builder.sub(half, constant(wide.type, 8)), f32x16.llvm) for half in halves)
+    return low, high
+
+
 load_f32 = _loader(f32x16, f32x16.llvm, lambda b, v: v)
 load_f16 = _loader(f32x16, ir.VectorType(_I16, 16), half_to_float)
 load_i8 = _loader(f32x16, ir.VectorType(_I8, 16), lambda b, v: b.sitofp(b.sext(v, i32x16.llvm), f32x16.llvm))
+load_low_nibbles = _loader(f32x16, ir.VectorType(_I8, 16), lambda b, v: nibble_floats(b, v)[0])
+load_high_nibbles = _loader(f32x16, ir.VectorType(_I8, 16), lambda b, v: nibble_floats(b, v)[1])
+"""The nibbles of 16 bytes, less 8."""
 store_f32 = _storer(f32x16, lambda b, v: v)
 store_f16 = _storer(f32x16, float_to_half)
 store_i8 = _storer(f32x16, _whole_to_bytes)

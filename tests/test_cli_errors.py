@@ -55,7 +55,7 @@ def refused(done: Any, status: int, *parts: str) -> None:
         (["run", "FILE", "-t", "0"], ["threads is 0; expected 1 to 256"]),
         (["run", "FILE", "-c", "65"], ["context is 65; expected 1 to 64"]),
         (["run", "FILE", "--chunk", "0"], ["chunk is 0; expected 1 to 4096"]),
-        (["run", "FILE", "--kv", "q4"], ["Invalid value for '--kv'", "'f16', 'q8'"]),
+        (["run", "FILE", "--kv", "q5"], ["Invalid value for '--kv'", "'f16', 'q8', 'q4'"]),
         (["convert", "FILE"], ["Missing option '-o'"]),
         (["convert", "FILE", "-o", "x.ert", "--quant", "q5"], ["Invalid value for '--quant'", "'q4'"]),
         (["bench"], ["give either a FILE or a --shape NAME"]),

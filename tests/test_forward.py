@@ -76,6 +76,8 @@ CASES = {
     "small-mixed-f16": Case(SMALL_HEADS, "mixed", "f16"),
     "gqa-q8-q8": Case(GQA, "q8", "q8"),
     "rich-q4-q8": Case(RICH, "q4", "q8"),
+    "rich-q4-q4": Case(RICH, "q4", "q4"),
+    "odd-mixed-q4": Case(MQA_ODD, "mixed", "q4"),
     "mha-q8-f16": Case(MHA, "q8", "f16"),
     "exits-q4-f16": Case(EXITS, "q4", "f16"),
     "exits-mixed-q8": Case(EXITS_TIED, "mixed", "q8"),
@@ -91,7 +93,7 @@ CASES = {
     "one-expert-f32-f16": Case(ONE_EXPERT, "f32", "f16"),
 }
 EVERY = pytest.mark.parametrize(
-    "name", ["rich-q4-q8", "odd-mixed-q8", "experts-mixed-f16"] if TWINS else list(CASES)
+    "name", ["rich-q4-q8", "odd-mixed-q4", "experts-mixed-f16"] if TWINS else list(CASES)
 )
 TWO = pytest.mark.parametrize(
     "name", ["rich-q8-q8"] if TWINS else ["gqa-q4-f16", "rich-q8-q8", "experts-q4-q8"]

@@ -9,16 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgert.kernels import attention, kv, softmax
+from edgert.kernels import attention, hadamard, kv, softmax
 from edgert.kernels.reference import attention as attention_twin
+from edgert.kernels.reference import hadamard as hadamard_twin
 from edgert.kernels.reference import kv as kv_twin
 from edgert.kernels.reference import softmax as softmax_twin
 from tests import kernel_inputs as inputs
 
-F16, Q8 = 0, 1
+F16, Q8, Q4 = 0, 1, 2
 STALE = np.float32(3e38)
 """What lies in unused places of a scratch array: anything finite, so the worst of that."""
-KINDS = pytest.mark.parametrize("kind", [F16, Q8], ids=["f16", "q8"])
+KINDS = pytest.mark.parametrize("kind", [F16, Q8, Q4], ids=["f16", "q8", "q4"])
+STORES = {F16: "store_f16", Q8: "store_q8", Q4: "store_q4"}
 
 # ---- softmax ---------------------------------------------------------------------------------
 
@@ -79,7 +81,48 @@ def scale_byte(region: int, capacity: int, d: int, slot: int, part: int) -> int:
     return region + capacity * (d + wide) + (part * capacity + slot) * 4
 
 
+def key_nibble(region: int, d: int, slot: int, i: int) -> tuple[int, int]:
+    """The byte of a q4 key's dimension i, and the shift of its nibble."""
+    record = region + (slot // 16 * -(-d // 32) + i // 32) * 288
+    return record + i % 32 // 8 * 64 + slot % 16 * 4 + i % 4, i % 8 // 4 * 4
+
+
+def value_nibble(region: int, capacity: int, d: int, slot: int, i: int) -> tuple[int, int]:
+    """The byte of a q4 value's dimension i, and the shift of its nibble."""
+    groups = -(-d // 32)
+    record = region + capacity * groups * 18 + (i // 32 * capacity + slot) * 18
+    return record + 2 + i % 16, i % 32 // 16 * 4
+
+
+def scales_q4(region: int, capacity: int, d: int, slot: int, group: int) -> tuple[int, int]:
+    """The bytes of the float16 scales of a q4 key's and value's group."""
+    groups = -(-d // 32)
+    key = region + (slot // 16 * groups + group) * 288 + 256 + slot % 16 * 2
+    return key, region + capacity * groups * 18 + (group * capacity + slot) * 18
+
+
+def read_q4(part: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int) -> inputs.F64:
+    """The key (part 0) or value (part 1) in a slot, as it is stored: rotated."""
+    row = []
+    for i in range(d):
+        places = key_nibble(region, d, slot, i), value_nibble(region, capacity, d, slot, i)
+        byte, shift = places[part]
+        scale = struct.unpack_from("<e", cache, scales_q4(region, capacity, d, slot, i // 32)[part])[0]
+        row.append(scale * ((int(cache[byte]) >> shift & 15) - 8))
+    return np.array(row)
+
+
+def rotation(d: int) -> inputs.F64:
+    """H [d, d]: Sylvester's matrix of the largest power of two in d, along the diagonal."""
+    h = np.ones((1, 1))
+    while d % (2 * len(h)) == 0:
+        h = np.block([[h, h], [h, -h]])
+    return np.kron(np.eye(d // len(h)), h)
+
+
 def read_key(kind: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int) -> inputs.F64:
+    if kind == Q4:
+        return read_q4(0, cache, region, capacity, d, slot)
     if kind == F16:
         return np.array(
             [struct.unpack_from("<e", cache, key_byte(kind, region, d, slot, i))[0] for i in range(d)]
@@ -91,6 +134,8 @@ def read_key(kind: int, cache: inputs.U8, region: int, capacity: int, d: int, sl
 
 
 def read_value(kind: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int) -> inputs.F64:
+    if kind == Q4:
+        return read_q4(1, cache, region, capacity, d, slot)
     places = [value_byte(kind, region, capacity, d, slot, i) for i in range(d)]
     if kind == F16:
         return np.array([struct.unpack_from("<e", cache, place)[0] for place in places])
@@ -99,6 +144,8 @@ def read_value(kind: int, cache: inputs.U8, region: int, capacity: int, d: int, 
 
 
 def region_size(kind: int, capacity: int, d: int) -> int:
+    if kind == Q4:
+        return capacity * -(-d // 32) * 36
     numbers = capacity * (d + -(-d // 16) * 16)
     return numbers * 2 if kind == F16 else numbers + capacity * 8
 
@@ -130,10 +177,7 @@ def store_cases(draw: st.DrawFn) -> list[Any]:
 @inputs.some
 @given(case=store_cases())
 def test_compiled_stores_equal_their_twins(kind: int, case: list[Any]) -> None:
-    if kind == F16:
-        inputs.agree(kv.store_f16, kv_twin.store_f16, *case)
-    else:
-        inputs.agree(kv.store_q8, kv_twin.store_q8, *case)
+    inputs.agree(getattr(kv, STORES[kind]), getattr(kv_twin, STORES[kind]), *case)
 
 
 @KINDS
@@ -141,8 +185,8 @@ def test_compiled_stores_equal_their_twins(kind: int, case: list[Any]) -> None:
 @given(case=store_cases())
 def test_stores_write_one_position_and_nothing_else(kind: int, case: list[Any]) -> None:
     cache, region, capacity, slot, d, x, key_at, value_at = case
-    before = cache.copy()
-    (kv.store_f16 if kind == F16 else kv.store_q8)(*case)
+    before, given = cache.copy(), x.astype(np.float64)
+    getattr(kv, STORES[kind])(*case)
     size = 2 if kind == F16 else 1
     touched = {
         place + b
@@ -152,16 +196,34 @@ def test_stores_write_one_position_and_nothing_else(kind: int, case: list[Any]) 
     }
     if kind == Q8:
         touched |= {scale_byte(region, capacity, d, slot, part) + b for part in (0, 1) for b in range(4)}
+    if kind == Q4:
+        groups = range(-(-d // 32))
+        nibbles = [32 * g + i for g in groups for i in range(32)]
+        touched = {key_nibble(region, d, slot, i)[0] for i in nibbles}
+        touched |= {value_nibble(region, capacity, d, slot, i)[0] for i in nibbles}
+        touched |= {at + b for g in groups for at in scales_q4(region, capacity, d, slot, g) for b in (0, 1)}
     others = np.ones(cache.size, bool)
     others[list(touched)] = False
     np.testing.assert_array_equal(cache[others], before[others])
     for read, at in ((read_key, key_at), (read_value, value_at)):
-        row, found = x[at : at + d].astype(np.float64), read(kind, cache, region, capacity, d, slot)
+        row, found = given[at : at + d], read(kind, cache, region, capacity, d, slot)
         if kind == F16:
             np.testing.assert_array_equal(found, row.astype(np.float16).astype(np.float64))
-        else:
+        elif kind == Q8:
             largest = np.abs(row).max()
             assert (np.abs(found - row) <= largest * (0.5 / 127 + 2e-6) + 1e-30).all()
+        else:
+            h = rotation(d)
+            rotated = h @ row / (h @ h)[0, 0]
+            size = np.abs(h) @ np.abs(row) / (h @ h)[0, 0]  # of what roundings are relative to
+            for g in range(0, d, 32):
+                part = rotated[g : g + 32]
+                # A step is an eighth of the largest; the scale is a float16: 11 bits, or units of 2**-25.
+                largest = np.abs(part).max()
+                slack = largest * 2**-7 + 2e-6 * size[g : g + 32].max() + 16 * 2.0**-25
+                error = np.abs(found[g : g + 32] - part)
+                assert (error <= largest / 8 + slack).all()  # -8..7 cuts one end off
+                assert (error[np.abs(part) <= largest * 7 / 8] <= largest / 16 + slack).all()
 
 
 @st.composite
@@ -199,6 +261,29 @@ def test_moves_copy_one_position(kind: int, case: list[Any]) -> None:
     np.testing.assert_array_equal(cache[end:], before[end:])
 
 
+@pytest.mark.compiled
+@inputs.some
+@given(inputs.seeds, inputs.flavours, st.integers(1, 70), st.integers(0, 5))
+def test_compiled_rotations_equal_their_twin(seed: int, flavour: str, half: int, at: int) -> None:
+    x = inputs.floats(seed, flavour, at + 2 * half + 3)
+    inputs.agree(hadamard.hadamard, hadamard_twin.hadamard, x, at, 2 * half)
+
+
+@inputs.some
+@given(inputs.seeds, inputs.flavours, st.integers(1, 70), st.integers(0, 5))
+def test_rotations_are_close_to_exact_and_touch_nothing_else(
+    seed: int, flavour: str, half: int, at: int
+) -> None:
+    d = 2 * half
+    x = inputs.floats(seed, flavour, at + d + 3)
+    before = x.copy()
+    hadamard.hadamard(x, at, d)
+    h, row = rotation(d), before[at : at + d].astype(np.float64)
+    assert (np.abs(x[at : at + d] - h @ row) <= 7 * 2.0**-24 * (np.abs(h) @ np.abs(row))).all()
+    x[at : at + d] = before[at : at + d]
+    inputs.same(x, before)
+
+
 # ---- attention -------------------------------------------------------------------------------
 
 
@@ -229,8 +314,9 @@ def attention_cases(draw: st.DrawFn, kind: int, calm: bool = False) -> dict[str,
     q_at, s_at = draw(st.integers(0, 5)), draw(st.integers(0, 5))
     heads = draw(st.sampled_from([1, 2, 4]))
     q = inputs.floats((seed, "q"), flavour, q_at + heads * d, large=1e3)
-    wide = -(-d // 16) * 16
+    wide, groups = width(kind, d), -(-d // 32)
     s = np.full(s_at + heads * (capacity + wide) + 12, STALE)
+    x_at = draw(st.integers(0, 2))
     return {
         "kind": kind,
         "heads": heads,
@@ -249,20 +335,30 @@ def attention_cases(draw: st.DrawFn, kind: int, calm: bool = False) -> dict[str,
         "s": s,
         "s_at": s_at,
         "out_at": s_at + heads * capacity + 3,
+        "xq": np.zeros((x_at + heads * groups) * 32, np.int8),
+        "xs": np.zeros(x_at + heads * groups, np.float32),
+        "xn": np.zeros(x_at + heads * groups, np.int32),
+        "x_at": x_at,
     }
+
+
+def width(kind: int, d: int) -> int:
+    """Length of a padded output."""
+    unit = 32 if kind == Q4 else 16
+    return -(-d // unit) * unit
 
 
 def outputs_of(case: dict[str, Any]) -> inputs.F32:
     """The outputs [heads, d] in the scratch array, their padding checked."""
     d, heads = case["d"], case["heads"]
-    out = case["s"][case["out_at"] :][: heads * -(-d // 16) * 16].reshape(heads, -1)
+    out = case["s"][case["out_at"] :][: heads * width(case["kind"], d)].reshape(heads, -1)
     assert not out[:, d:].any()
     return out[:, :d].copy()
 
 
 def untouched(case: dict[str, Any]) -> inputs.F32:
     """The scratch array without outputs and the sums behind them."""
-    end = case["out_at"] + case["heads"] * (-(-case["d"] // 16) * 16 + 1)
+    end = case["out_at"] + case["heads"] * (width(case["kind"], case["d"]) + 1)
     return np.concatenate([case["s"][: case["out_at"]], case["s"][end:]])
 
 
@@ -270,6 +366,9 @@ def _fill(
     kind: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int, label: Any, flavour: str
 ) -> None:
     """A random key and value into a slot, padding included, by hand."""
+    if kind == Q4:
+        _fill_q4(cache, region, capacity, d, slot, label, flavour)
+        return
     wide = -(-d // 16) * 16
     if kind == F16:
         key, value = (inputs.floats((label, n), flavour, wide, large=6e4).astype("<f2") for n in "kv")
@@ -285,6 +384,23 @@ def _fill(
             cache[at : at + size] = np.frombuffer(key[i].tobytes(), np.uint8)
         at = value_byte(kind, region, capacity, d, slot, i)
         cache[at : at + size] = np.frombuffer(value[i].tobytes() if i < d else bytes(size), np.uint8)
+
+
+def _fill_q4(
+    cache: inputs.U8, region: int, capacity: int, d: int, slot: int, label: Any, flavour: str
+) -> None:
+    wide = width(Q4, d)
+    nibbles = inputs.whole((label, "n"), 0, 15, 2, wide)
+    nibbles[:, d:] = 8  # padding: zeros
+    scales = inputs.floats((label, "s"), flavour, 2, wide // 32, large=1e3).astype("<f2")
+    for part in (0, 1):
+        for i in range(wide):
+            places = key_nibble(region, d, slot, i), value_nibble(region, capacity, d, slot, i)
+            byte, shift = places[part]
+            cache[byte] = (int(cache[byte]) & 0xF0 >> shift) | int(nibbles[part, i]) << shift
+        for g in range(wide // 32):
+            at = scales_q4(region, capacity, d, slot, g)[part]
+            cache[at : at + 2] = np.frombuffer(scales[part, g].tobytes(), np.uint8)
 
 
 @pytest.mark.compiled
@@ -305,7 +421,10 @@ def test_compiled_attention_equals_its_twin(kind: int, data: st.DataObject) -> N
 @inputs.some
 @given(data=st.data())
 def test_attention_is_close_to_exact(kind: int, data: st.DataObject) -> None:
-    """Scores below 10 in magnitude, so 2e-5 of the largest value."""
+    """Scores below 10 in magnitude, so 2e-5 of the largest value, and in q4 what the query's int8 costs.
+
+    There keys, values and the query are rotated: by hand with H [d, d], and back.
+    """
     case = data.draw(attention_cases(kind, calm=True))
     attention.attention(*case.values())
     place = (case["kv"], case["region"], case["capacity"], case["d"])
@@ -313,12 +432,18 @@ def test_attention_is_close_to_exact(kind: int, data: st.DataObject) -> None:
     slots = [p if p < base else int(case["path"][case["path_at"] + p - base]) for p in range(first, last)]
     keys = [read_key(kind, *place, slot) for slot in slots]
     values = np.array([read_value(kind, *place, slot) for slot in slots])
-    for h, found in enumerate(outputs_of(case)):
-        q = case["q"][case["q_at"] + h * d :][:d].astype(np.float64)
+    h = rotation(d) if kind == Q4 else np.eye(d)
+    for head, found in enumerate(outputs_of(case)):
+        q = h @ case["q"][case["q_at"] + head * d :][:d].astype(np.float64)
         scores = np.array([math.fsum(q * key) * float(case["scale"]) for key in keys])
         weights = np.exp(scores - scores.max())
-        expected = weights @ values / weights.sum()
-        assert np.abs(found - expected).max() <= 2e-5 * np.abs(values).max()
+        expected = h @ (weights @ values / weights.sum())
+        slack = 2e-5
+        if kind == Q4:  # an error of e in every score moves a weighted mean by less than 2 e of its range
+            steps = np.concatenate([np.full(32, np.abs(q[g : g + 32]).max() / 254) for g in range(0, d, 32)])
+            worst = max(float(np.abs(key) @ steps[:d]) for key in keys) * float(case["scale"])
+            slack = float(np.abs(h[0]).sum()) * (2e-5 + 2 * math.expm1(1.01 * worst))
+        assert np.abs(found - expected).max() <= slack * np.abs(values).max()
 
 
 @KINDS

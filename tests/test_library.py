@@ -116,7 +116,7 @@ def test_load_refuses_what_is_no_model(tmp_path: Path) -> None:
         ({"threads": "two"}, "threads is 'two'; expected 1 to 256"),
         ({"context": 65}, "context is 65; expected 1 to 64"),
         ({"chunk": 0}, "chunk is 0; expected 1 to 4096"),
-        ({"kv": "q4"}, "kv is 'q4'; expected one of f16, q8"),
+        ({"kv": "q5"}, "kv is 'q5'; expected one of f16, q8, q4"),
         ({"ram": "12x"}, "a size of '12x'; expected"),
         ({"ram": [1]}, r"ram is \[1\]; expected"),
     ],

@@ -54,13 +54,16 @@ GOLDEN = {
     "routing": "07d77e003a95eb16",
     "attention f16": "cea045cee4d2d973",
     "attention q8": "7387d84553b6e15a",
+    "attention q4": "51b37484a010bd3a",
     "decode f16": "e832ddafb4b22c37",
     "decode q8": "26fa14c59c6ab0a4",
+    "decode q4": "e9a0f91b6d16a59b",
     "decode experts": "e9849aec51a407d1",
 }
 """The first 16 hexadecimal digits of the SHA-256 of each part's results."""
 
-PROGRAM = ("decode f16", "decode q8", "decode experts")  # the parts that need the whole program compiled
+PROGRAM = ("decode f16", "decode q8", "decode q4", "decode experts")
+"""The parts that need the whole program compiled."""
 
 # ---- what is hashed --------------------------------------------------------------------------
 
@@ -163,20 +166,21 @@ def attentions(kind: int) -> Iterator[Any]:
     path = np.arange(40, 72, 2, dtype=np.int64)
     for seed, (flavour, d) in enumerate([("plain", 24), ("outlier", 64), ("mixed", 2), ("sparse", 6)]):
         cache = np.zeros(kv.region_bytes(kind, capacity, d), np.uint8)
-        store = kv.store_f16 if kind == 0 else kv.store_q8
+        store = (kv.store_f16, kv.store_q8, kv.store_q4)[kind]
         for slot in range(capacity):
             store(cache, 0, capacity, slot, d, inputs.floats((seed, slot), flavour, 2 * d, large=100), 0, d)
         kv.move(kind, cache, 0, capacity, d, 90, 3)
         yield cache
         for first, last, base in ((0, 90, 90), (0, 1, 1), (21, 60, 60), (0, 47, 40), (43, 50, 40)):
             heads = {90: 4, 60: 2}.get(last, 1)
-            s = np.zeros(heads * (capacity + d + 16) + 4, np.float32)
+            wide, groups = int(attention.width(kind, d)), heads * -(-d // 32)
+            s = np.zeros(heads * (capacity + wide + 1) + 4, np.float32)
+            queries = np.zeros(groups * 32, np.int8), np.zeros(groups, np.float32), np.zeros(groups, np.int32)
             q = inputs.floats((seed, "q"), flavour, heads * d, large=100)
             scale, y_at = np.float32(d**-0.5), heads * capacity
-            attention.attention(
-                kind, heads, cache, 0, capacity, d, q, 0, scale, first, last, base, path, 0, s, 0, y_at
-            )
-            yield s[: y_at + heads * -(-d // 16) * 16]
+            place = (cache, 0, capacity, d, q, 0, scale, first, last, base, path, 0, s, 0, y_at)
+            attention.attention(kind, heads, *place, *queries, 0)
+            yield s[: y_at + heads * wide]
 
 
 def decoded(kv_type: Any) -> Iterator[Any]:
@@ -224,8 +228,10 @@ PARTS: dict[str, Callable[[], Iterator[Any]]] = {
     "routing": routings,
     "attention f16": lambda: attentions(0),
     "attention q8": lambda: attentions(1),
+    "attention q4": lambda: attentions(2),
     "decode f16": lambda: decoded("f16"),
     "decode q8": lambda: decoded("q8"),
+    "decode q4": lambda: decoded("q4"),
     "decode experts": decoded_experts,
 }
 

@@ -71,7 +71,7 @@ def test_what_is_asked_for_is_what_comes() -> None:
         ({"context": 257}, "context is 257; expected 1 to 256"),
         ({"context": -1}, "context is -1; expected 1 to 256"),
         ({"chunk": 4097}, "chunk is 4097; expected 1 to 4096"),
-        ({"kv": "f32"}, "kv is 'f32'; expected one of f16, q8"),
+        ({"kv": "f32"}, "kv is 'f32'; expected one of f16, q8, q4"),
         ({"ram": 1.5}, "ram is 1.5; expected bytes as a whole number"),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
+from edgert.config import KV_TYPES
 from edgert.format import ExitCalibration
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -17,7 +18,11 @@ def engine_options(function: Command) -> Command:
     for option in (
         click.option("--chunk", type=int, help="Prompt tokens per forward pass."),
         click.option(
-            "--kv", type=click.Choice(["f16", "q8"]), default="f16", show_default=True, help="KV cache type."
+            "--kv",
+            type=click.Choice(KV_TYPES),
+            default="f16",
+            show_default=True,
+            help="Precision of cached keys and values.",
         ),
         click.option(
             "-c",

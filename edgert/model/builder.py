@@ -43,6 +43,8 @@ class Builder:
         layout.floats += config.threads * self.scratch_stride
         if spec.experts:
             self.routing = Routing(spec, rows, layout)
+        self.queries = layout.groups  # per thread: the heads of a call, rotated and quantised
+        layout.groups += config.threads * MOST_HEADS * (padded(spec.head_dim) // 32)
         self._code: list[NDArray[np.int64]] = []
         self._reals: list[float] = []
 
@@ -193,6 +195,7 @@ class Builder:
             y_stride=self.mixed.stride,
             scratch=self.scratch,
             scratch_stride=self.scratch_stride,
+            queries=self.queries,
         )
         self.add(
             program.QUANTIZE,

@@ -2,8 +2,11 @@
 
 import numpy as np
 
+from edgert.kernels import packing
 from edgert.kernels.reference.arithmetic import fma
-from edgert.kernels.reference.kv import region_views
+from edgert.kernels.reference.hadamard import hadamard
+from edgert.kernels.reference.kv import region_views, region_views_q4
+from edgert.kernels.reference.quantize import quantize
 from edgert.kernels.reference.softmax import softmax
 
 
@@ -27,16 +30,69 @@ def _one_head(view, q, scale, positions, slots, s, s_at):
     return (out / total).reshape(-1)
 
 
+def _one_head_q4(view, q, scale, positions, slots, s, s_at):
+    """`_one_head` over a q4 cache; the query and the output are rotated."""
+    d, groups = q.size, view.values.shape[0]
+    rotated = np.zeros(groups * 32, np.float32)
+    rotated[:d] = q
+    hadamard(rotated, 0, d)
+    xq, xs = np.zeros(groups * 32, np.int8), np.zeros(groups, np.float32)
+    quantize(rotated, 0, groups, xq, xs, np.zeros(groups, np.int32), 0)
+    keys = packing.unpack_values("q4", view.keys).astype(np.int32)[slots // 16, :, slots % 16]  # [n, G, 32]
+    scales = packing.unpack_scales(view.keys)[slots // 16, :, slots % 16]  # [n, G]
+    scores = np.zeros(len(slots), np.float32)
+    for g in range(groups):
+        whole = (keys[:, g] * xq.reshape(groups, 32)[g].astype(np.int32)).sum(axis=1)
+        scores = fma(whole.astype(np.float32), scales[:, g] * xs[g], scores)
+    row = slice(s_at + positions[0], s_at + positions[-1] + 1)
+    s[row] = (np.float32(0) + scores) * np.float32(scale)
+    total = softmax(s, s_at, positions[0], positions[-1] + 1)
+    records = view.values[:, slots]  # [G, n, 18]
+    nibbles = np.concatenate([records[..., 2:] & 15, records[..., 2:] >> 4], axis=2).astype(np.float32)
+    values = (nibbles - np.float32(8)) * np.ascontiguousarray(records[..., :2]).view(np.float16).astype(
+        np.float32
+    )
+    out = np.zeros((groups, 32), np.float32)
+    for n, weight in enumerate(s[row]):
+        out = fma(weight, values[:, n], out)
+    out = (out / total).reshape(-1)
+    hadamard(out, 0, d)
+    return out
+
+
 def attention(
-    kind, heads, kv, region, capacity, d, q, q_at, scale, first, last, base, path, path_at, s, s_at, y_at
+    kind,
+    heads,
+    kv,
+    region,
+    capacity,
+    d,
+    q,
+    q_at,
+    scale,
+    first,
+    last,
+    base,
+    path,
+    path_at,
+    s,
+    s_at,
+    y_at,
+    xq,
+    xs,
+    xn,
+    x_at,
 ):
     """See kernels/attention.py."""
-    view = region_views(kind, kv, region, capacity, d)
+    view = (
+        region_views_q4(kv, region, capacity, d) if kind == 2 else region_views(kind, kv, region, capacity, d)
+    )
+    one_head = _one_head_q4 if kind == 2 else _one_head
     positions = np.arange(first, last)
     slots = positions.copy()
     branch = positions >= base
     slots[branch] = path[path_at + positions[branch] - base]
     for h in range(heads):
         query = q[q_at + h * d : q_at + (h + 1) * d]
-        out = _one_head(view, query, scale, positions, slots, s, s_at + h * capacity)
+        out = one_head(view, query, scale, positions, slots, s, s_at + h * capacity)
         s[y_at + h * out.size : y_at + (h + 1) * out.size] = out

@@ -6,6 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.kernels.reference.arithmetic import nearest
+from edgert.kernels.reference.hadamard import hadamard
+
+KEY_RECORD, VALUE_RECORD = 288, 18
 
 
 class Region(NamedTuple):
@@ -57,8 +60,65 @@ def store_q8(kv, region, capacity, slot, d, x, key_at, value_at):
     _put(view, slot, d, *whole)
 
 
+class Region4(NamedTuple):
+    """Views of one q4 region; see the layout in kernels/kv.py."""
+
+    keys: NDArray[np.uint8]  # [C/16, G, 288]
+    values: NDArray[np.uint8]  # [G, C, 18]
+
+
+def region_views_q4(kv: NDArray[np.uint8], region: int, capacity: int, d: int) -> Region4:
+    """The q4 region that starts at byte `region`."""
+    groups = -(-d // 32)
+    middle = region + capacity * groups * KEY_RECORD // 16
+    end = middle + capacity * groups * VALUE_RECORD
+    keys = kv[region:middle].reshape(capacity // 16, groups, KEY_RECORD)
+    return Region4(keys, kv[middle:end].reshape(groups, capacity, VALUE_RECORD))
+
+
+def _groups_of_4_bits(row: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    """Scales float16 [G] and values + 8 [G, 32] of a row [d]."""
+    whole = np.zeros(-(-row.size // 32) * 32, np.float32)
+    whole[: row.size] = row
+    cut = whole.reshape(-1, 32)
+    largest = np.take_along_axis(cut, np.abs(cut).argmax(axis=1)[:, None], axis=1)
+    largest[largest == 0] = 0  # never the negative zero
+    scales = (largest * np.float32(-0.125)).astype(np.float16)
+    used = scales.astype(np.float32)
+    inverse = np.where(used != 0, np.float32(1) / np.where(used != 0, used, np.float32(1)), np.float32(0))
+    return scales[:, 0], (np.clip(nearest(cut * inverse), -8, 7) + 8).astype(np.uint8)
+
+
+def store_q4(kv, region, capacity, slot, d, x, key_at, value_at):
+    """See kernels/kv.py."""
+    view = region_views_q4(kv, region, capacity, d)
+    for at in (key_at, value_at):
+        hadamard(x, at, d)
+        x[at : at + d] *= np.float32(1) / np.float32(d & -d)
+    scales, nibbles = _groups_of_4_bits(x[key_at : key_at + d])
+    pairs = nibbles.reshape(-1, 4, 2, 4)
+    record = view.keys[slot // 16]
+    record[:, :256].reshape(-1, 4, 16, 4)[:, :, slot % 16] = pairs[:, :, 0] | pairs[:, :, 1] << 4
+    record[:, 256:].reshape(-1, 16, 2)[:, slot % 16] = scales[:, None].view(np.uint8)
+    scales, nibbles = _groups_of_4_bits(x[value_at : value_at + d])
+    view.values[:, slot, :2] = scales[:, None].view(np.uint8)
+    view.values[:, slot, 2:] = nibbles[:, :16] | nibbles[:, 16:] << 4
+
+
+def _move_q4(kv, region, capacity, d, source, target):
+    view = region_views_q4(kv, region, capacity, d)
+    for part, width in ((slice(0, 256), 4), (slice(256, 288), 2)):
+        lanes = view.keys[:, :, part].reshape(*view.keys.shape[:2], -1, 16, width)
+        lanes[target // 16, :, :, target % 16] = lanes[source // 16, :, :, source % 16]
+        view.keys[:, :, part] = lanes.reshape(*view.keys.shape[:2], -1)
+    view.values[:, target] = view.values[:, source]
+
+
 def move(kind, kv, region, capacity, d, source, target):
     """See kernels/kv.py."""
+    if kind == 2:
+        _move_q4(kv, region, capacity, d, source, target)
+        return
     view = region_views(kind, kv, region, capacity, d)
     view.keys[target // 16, :, target % 16] = view.keys[source // 16, :, source % 16]
     view.values[:, target] = view.values[:, source]
