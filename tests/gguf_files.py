@@ -27,7 +27,28 @@ LAYER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
+EXPERTS = {
+    "gate_proj": "ffn_gate_exps",
+    "up_proj": "ffn_up_exps",
+    "down_proj": "ffn_down_exps",
+    "w1": "ffn_gate_exps",
+    "w3": "ffn_up_exps",
+    "w2": "ffn_down_exps",
+}
+ARCHITECTURES = {
+    "mistral": "llama",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
+INTERLEAVED = ("llama", "mistral", "mixtral")
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -37,13 +58,13 @@ def export(folder: Path, out: Path, kind: str = "F32", parts: int = 0) -> None:
     With `parts` > 0 the file is split into parts of so many tensors each, named after `out`.
     """
     config = json.loads((folder / "config.json").read_text())
-    architecture = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
+    architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
     split = {"split_max_tensors": parts, "small_first_shard": False} if parts else {}
     writer = gguf.GGUFWriter(out, architecture, **split)
     _write_keys(writer, config)
     write_vocabulary(writer, json.loads((folder / "tokenizer.json").read_text()), size=config["vocab_size"])
     for name, values in _tensors(folder, config):
-        put(writer, name, values, kind if values.ndim == 2 else "F32")
+        put(writer, name, values, "F32" if values.ndim == 1 or "gate_inp" in name else kind)
     finish(writer)
 
 
@@ -92,8 +113,16 @@ def _write_keys(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if config["model_type"] == "mistral" and config.get("sliding_window"):
+    if config["model_type"] in INTERLEAVED and config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if "shared_expert_intermediate_size" in config:
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -107,11 +136,18 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Floats
     rope = _rope(config)
     if rope.get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3_factors(rope, head_dim)
+    experts: dict[str, dict[int, Floats]] = {}
     for source, stored in found.items():
         values = stored.astype(np.float32)
-        if config["model_type"] in ("llama", "mistral") and ("q_proj" in source or "k_proj" in source):
+        if config["model_type"] in INTERLEAVED and ("q_proj" in source or "k_proj" in source):
             values = interleaved(values, head_dim)
-        yield gguf_name(source), values
+        if ".experts." in source:
+            _, _, layer, _, _, number, part, _ = source.split(".")
+            experts.setdefault(f"blk.{layer}.{EXPERTS[part]}.weight", {})[int(number)] = values
+        else:
+            yield gguf_name(source), values[0] if "shared_expert_gate" in source else values
+    for name, parts in experts.items():
+        yield name, np.stack([parts[i] for i in range(len(parts))])
 
 
 def gguf_name(source: str) -> str:

@@ -61,6 +61,10 @@ RANDOM = (
     "mistral_mqa_tied_head_dim",
     "qwen2_gqa_tied",
     "qwen3_gqa_tied_head_dim",
+    "mixtral_gqa_tied",
+    "olmoe_mha",
+    "qwen2_moe_shared",
+    "qwen3_moe_gqa_tied",
 )
 
 
@@ -243,7 +247,7 @@ def compare(path: Path, llama_cpp: Oracle, folder: Path, count: int) -> Row:
     """
     converted, out = folder / "converted.ert", folder / "logits.npy"
     report = edgert.convert(path, converted)
-    matrices = [t for t in report.tensors if len(t.shape) == 2 and "embedding" not in t.name]
+    matrices = [t for t in report.tensors if len(t.shape) > 1 and "router" not in t.name]
     with edgert.load(converted, threads=1) as model:
         vocab = model.spec.vocab
         text = [1, *((np.arange(count - 1) * 7919 + 5) % (vocab - 3) + 3).tolist()]

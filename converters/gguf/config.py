@@ -13,73 +13,14 @@ from numpy.typing import NDArray
 
 from edgert.config import ModelSpec
 from edgert.converters.architectures import Decoder
+from edgert.converters.gguf.architectures import ARCHITECTURES, REFUSED, ROPE_FACTORS, Architecture, gguf_name
 from edgert.converters.gguf.reader import GgufFile, GgufTensor
 from edgert.converters.hf_config import HfConfig, shown
 from edgert.converters.rope import make_rope
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
 
-ARCHITECTURES: Final = ("llama", "qwen2", "qwen3")
-# llama.cpp computes Llama's rotary embedding on neighbouring dimensions and its converter reorders
-# the rows of q and k for it; the other architectures keep the two halves of a head apart, as we do.
-INTERLEAVED: Final = frozenset({"llama"})
-
-ROPE_FACTORS: Final = "rope_freqs.weight"
-"""[d/2]: what Llama 3 divides each frequency by; llama.cpp's converter computes it."""
-
-# What models of other architectures set, each with the values that change nothing.
-_REFUSED: Final[dict[str, tuple[object, ...]]] = {
-    "expert_count": (0,),
-    "use_parallel_residual": (False,),
-    "logit_scale": (0, 1),
-    "embedding_scale": (0, 1),
-    "residual_scale": (0, 1),
-    "attn_logit_softcapping": (0,),
-    "final_logit_softcapping": (0,),
-    "attention.scale": (0,),
-    "attention.clamp_kqv": (0,),
-    "attention.max_alibi_bias": (0,),
-    "attention.causal": (True,),
-    "attention.sliding_window_pattern": (),
-    "attention.key_length_mla": (),
-    "rope.dimension_sections": (),
-    "rope.scale_linear": (1,),
-    "rope.scaling.yarn_ext_factor": (1, -1),
-    "rope.scaling.yarn_log_multiplier": (0,),
-}
-
-_TOP_NAMES: Final = {
-    "token_embedding": "token_embd.weight",
-    "output_norm": "output_norm.weight",
-    "output": "output.weight",
-}
-_LAYER_NAMES: Final = {
-    "attention_norm": "attn_norm.weight",
-    "q": "attn_q.weight",
-    "q_bias": "attn_q.bias",
-    "k": "attn_k.weight",
-    "k_bias": "attn_k.bias",
-    "v": "attn_v.weight",
-    "v_bias": "attn_v.bias",
-    "q_norm": "attn_q_norm.weight",
-    "k_norm": "attn_k_norm.weight",
-    "o": "attn_output.weight",
-    "o_bias": "attn_output.bias",
-    "ffn_norm": "ffn_norm.weight",
-    "gate": "ffn_gate.weight",
-    "gate_bias": "ffn_gate.bias",
-    "up": "ffn_up.weight",
-    "up_bias": "ffn_up.bias",
-    "down": "ffn_down.weight",
-    "down_bias": "ffn_down.bias",
-}
-
-
-def gguf_name(name: str) -> str:
-    """The name llama.cpp gives a tensor of `edgert.format.declared`."""
-    if not name.startswith("layers."):
-        return _TOP_NAMES[name]
-    _, index, part = name.split(".")
-    return f"blk.{index}.{_LAYER_NAMES[part]}"
+# The most experts of a published model are 512; for each of a layer's, three tensors are listed.
+MAX_EXPERTS: Final = 1 << 12
 
 
 def read_decoder(file: GgufFile, eos_ids: Iterable[int]) -> Decoder:
@@ -88,10 +29,11 @@ def read_decoder(file: GgufFile, eos_ids: Iterable[int]) -> Decoder:
     Raises UnsupportedError for an architecture or an option edgert does not compute, NotAModelError
     for a GGUF file of something else, ConversionError for keys that are missing or impossible.
     """
-    name = _architecture(file)
-    config = _own_keys(file, name)
-    for key, neutral in _REFUSED.items():
+    name = _name(file)
+    config, architecture = _own_keys(file, name), ARCHITECTURES[name]
+    for key, neutral in REFUSED.items():
         config.refuse_unless(key, *neutral)
+    experts = _expert_count(config, architecture)
     layers, width = _layers(config, file), config.integer("embedding_length")
     heads = _uniform(config, "attention.head_count")
     head_dim = _head_dim(config, max(1, width // heads))
@@ -99,7 +41,7 @@ def read_decoder(file: GgufFile, eos_ids: Iterable[int]) -> Decoder:
     rope = make_rope(_rope_parameters(config, context), head_dim, context)
     try:
         spec = ModelSpec(
-            architecture=name,
+            architecture=architecture.experts if experts else architecture.dense,
             layers=layers,
             width=width,
             heads=heads,
@@ -113,8 +55,14 @@ def read_decoder(file: GgufFile, eos_ids: Iterable[int]) -> Decoder:
             qkv_bias=_has(file, "q_bias"),
             output_bias=_has(file, "o_bias"),
             ffn_bias=_has(file, "gate_bias"),
-            qk_norm=name == "qwen3",
+            qk_norm=architecture.qk_norm,
+            joint_qk_norm=architecture.joint_qk_norm,
             windows=_windows(config, name, layers, rope.context),
+            experts=experts,
+            active_experts=config.integer("expert_used_count") if experts else 0,
+            expert_width=_rows(file, "blk.0.ffn_gate_exps.weight") if experts else 0,
+            shared_width=_rows(file, gguf_name("layers.0.shared_gate")) if experts else 0,
+            normalized_routing=experts > 0 and architecture.normalized,
             rope_theta=rope.theta,
             rope_scaling=rope.kind,
             rope_magnitude=rope.magnitude,
@@ -126,7 +74,7 @@ def read_decoder(file: GgufFile, eos_ids: Iterable[int]) -> Decoder:
     return Decoder(spec, _divided(rope.frequencies, file))
 
 
-def _architecture(file: GgufFile) -> str:
+def _name(file: GgufFile) -> str:
     found = HfConfig(file.metadata, str(file.path))
     kind = found.text("general.type", "model")
     if kind != "model":
@@ -148,6 +96,26 @@ def _own_keys(file: GgufFile, name: str) -> HfConfig:
     values = {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)}
     plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
     return HfConfig(plain, f"{file.path}: {name}")
+
+
+def _expert_count(config: HfConfig, architecture: Architecture) -> int:
+    """How many experts a layer has, 0 for none; refused for an architecture that is never so."""
+    count = config.integer("expert_count", 0, least=0, most=MAX_EXPERTS)
+    if bool(count) != bool(architecture.experts) and not (architecture.dense and architecture.experts):
+        expected = "some" if architecture.experts else "none"
+        raise UnsupportedError(
+            f"{config.where}: found expert_count {count}, expected {expected} for this architecture; "
+            "convert another model"
+        )
+    if count:
+        config.refuse_unless("expert_weights_norm", architecture.normalized)
+    return count
+
+
+def _rows(file: GgufFile, name: str) -> int:
+    """The rows of a tensor's matrices, 0 if it is not in the file."""
+    tensor = file.tensors.get(name)
+    return tensor.shape[-2] if tensor and len(tensor.shape) > 1 else 0
 
 
 def _layers(config: HfConfig, file: GgufFile) -> int:

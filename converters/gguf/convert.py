@@ -2,25 +2,31 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.config import ModelSpec, Quant, QuantSpec
+from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
 from edgert.converters.architectures import Decoder
-from edgert.converters.gguf.config import INTERLEAVED, ROPE_FACTORS, gguf_name, read_decoder
+from edgert.converters.gguf.architectures import ARCHITECTURES, EXPERT_NAMES, ROPE_FACTORS, gguf_name
+from edgert.converters.gguf.config import read_decoder
 from edgert.converters.gguf.reader import GgufFile, GgufTensor, open_gguf
 from edgert.converters.gguf.types import WEIGHT_TYPES
 from edgert.converters.gguf.vocabulary import Vocabulary, read_vocabulary
 from edgert.converters.hf_config import HfConfig, shown
-from edgert.converters.pipeline import ROPE, matrices, quant_spec, quants_of, write_model
+from edgert.converters.pipeline import ROPE, quant_spec, quants_of, write_model
 from edgert.converters.provenance import provenance
 from edgert.converters.quantize import Codes
 from edgert.converters.report import ConversionReport, Progress
 from edgert.errors import ConversionError, UnsupportedError
-from edgert.format.tensors import TensorDecl, iter_declared
+from edgert.format.tensors import declared, iter_declared, matrices_in
 
+INTERLEAVED = frozenset(
+    name for known in ARCHITECTURES.values() if known.interleaved for name in (known.dense, known.experts)
+)
+SHARED_ROUTER = ".ffn_gate_inp_shexp.weight"  # [D] in the file, a matrix of one row in ours
 REORDERED = frozenset({"q", "q_bias", "k", "k_bias"})
 """The tensors whose rows llama.cpp's converter reorders for an interleaved rotary embedding."""
 
@@ -72,6 +78,23 @@ class GgufWeights:
         return self._decoder.spec.architecture in INTERLEAVED and name.split(".")[-1] in REORDERED
 
 
+def by_matrix(spec: ModelSpec, tensors: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:
+    """The tensors with those of all experts of a layer cut into one for each, and vectors that are rows."""
+    return dict(_cut(spec, tensors))
+
+
+def _cut(spec: ModelSpec, tensors: Mapping[str, GgufTensor]) -> Iterator[tuple[str, GgufTensor]]:
+    for name, tensor in tensors.items():
+        if name.endswith(tuple(EXPERT_NAMES.values())) and tensor.shape[0] == spec.experts > 0:
+            for expert in range(spec.experts if len(tensor.shape) == 3 else 0):
+                part = tensor.part(expert)
+                yield part.name, part
+        elif name.endswith(SHARED_ROUTER) and len(tensor.shape) == 1:
+            yield name, replace(tensor, shape=(1, *tensor.shape))
+        else:
+            yield name, tensor
+
+
 def convert_gguf(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -87,9 +110,10 @@ def convert_gguf(
     file = open_gguf(Path(path))
     vocabulary = read_vocabulary(file)
     decoder = read_decoder(file, vocabulary.eos_ids)
+    file = replace(file, tensors=by_matrix(decoder.spec, file.tensors))
     check_tensors(decoder.spec, file)
     if quant is None:
-        quants = {name: file.tensors[gguf_name(name)].kind.kept_as for name in matrices(decoder.spec)}
+        quants = _kept(decoder.spec, file.tensors)
     else:
         quants = quants_of(decoder.spec, quant_spec(quant))
     weights = GgufWeights(decoder, file.tensors)
@@ -99,13 +123,26 @@ def convert_gguf(
     )
 
 
+def _kept(spec: ModelSpec, tensors: Mapping[str, GgufTensor]) -> dict[str, Quant]:
+    """The type each matrix keeps; the three of an expert, stored as one, take the most precise of theirs."""
+    found: dict[str, Quant] = {}
+    for decl in declared(spec):
+        if decl.role in ("matrix", "expert"):
+            kinds = {tensors[gguf_name(name)].kind.kept_as for name, _, _ in matrices_in(decl)}
+            found[decl.name] = next(quant for quant in QUANTS if quant in kinds)  # most precise first
+    return found
+
+
 def check_tensors(spec: ModelSpec, file: GgufFile) -> None:
     """Every tensor of the spec is there, in its shape and a type we read, and no other is."""
     strangers = set(file.tensors) - {ROPE_FACTORS}
     for decl in iter_declared(spec):
-        if decl.name != ROPE:
-            name = gguf_name(decl.name)
-            _check_tensor(decl, name, file)
+        if decl.name == ROPE:
+            continue
+        parts: list[tuple[str, tuple[int, ...]]] = [(part, (n, k)) for part, n, k in matrices_in(decl)]
+        for part, shape in parts or [(decl.name, decl.shape)]:
+            name = gguf_name(part)
+            _check_tensor(shape, name, file)
             strangers.discard(name)
     if strangers:
         raise UnsupportedError(
@@ -114,11 +151,11 @@ def check_tensors(spec: ModelSpec, file: GgufFile) -> None:
         )
 
 
-def _check_tensor(decl: TensorDecl, name: str, file: GgufFile) -> None:
+def _check_tensor(shape: tuple[int, ...], name: str, file: GgufFile) -> None:
     found = file.tensors.get(name)
     if found is None:
         raise ConversionError(
-            f"{file.path}: found no tensor {name}, expected one of shape {list(decl.shape)}; "
+            f"{file.path}: found no tensor {name}, expected one of shape {list(shape)}; "
             "download the file again"
         )
     if found.kind.decode is None:
@@ -126,9 +163,9 @@ def _check_tensor(decl: TensorDecl, name: str, file: GgufFile) -> None:
             f"{found.path}: found {name} as {found.kind.name}, expected {', '.join(WEIGHT_TYPES)}; "
             "convert a version of the model quantised otherwise"
         )
-    if found.shape != decl.shape:
+    if found.shape != shape:
         raise ConversionError(
-            f"{found.path}: found {name} of shape {list(found.shape)}, expected {list(decl.shape)} from "
+            f"{found.path}: found {name} of shape {list(found.shape)}, expected {list(shape)} from "
             "the file's metadata; download the file again"
         )
 

@@ -53,6 +53,11 @@ class GgufTensor:
         """Bytes in the file, without padding."""
         return math.prod(self.shape) // self.kind.block * self.kind.nbytes
 
+    def part(self, number: int) -> "GgufTensor":
+        """One of the matrices of a tensor [E, N, K]."""
+        one = replace(self, name=f"{self.name}.{number}", shape=self.shape[1:])
+        return replace(one, offset=self.offset + number * one.nbytes)
+
     def rows(self, start: int, count: int) -> NDArray[np.uint8]:
         """The stored bytes of rows of a matrix [N, K]: [count, bytes of a row]."""
         row_bytes = self.shape[1] // self.kind.block * self.kind.nbytes
