@@ -424,3 +424,36 @@ def test_a_draft_goes_on_while_the_target_waits_and_only_then(
             assert (forward.waits.used_s > 0) == (looks > 0)
             assert forward.waits.idle is None
     assert drafted[0] != drafted[1]
+
+
+# ---- the benchmark ---------------------------------------------------------------------------
+
+
+@pytest.mark.compiled
+def test_bench_compares_generation_with_and_without_a_draft(
+    tiny_file: Path, tmp_path: Path, cli: Callable[..., Outcome]
+) -> None:
+    text = tmp_path / "t.jsonl"
+    text.write_text('{"text": "abcabcabc"}\n{"text": "Once upon a time"}\n', encoding="utf-8")
+    command = ("bench", tiny_file, "--draft", "lookup", "--text", text, "-n", 20, "-p", 8, "-r", 1, "-t", 1)
+    plain, guessing = json.loads(cli(*command, "--always", "-o", "json").out)
+    assert (plain["test"], guessing["test"]) == ("tg20", "tg20 lookup")
+    assert plain["ts_mean"] > 0 and guessing["ts_mean"] > 0
+    assert guessing["accepted_per_step"] >= 1 and guessing["speedup"] > 0
+    assert "| tg20 lookup |" in cli(*command).out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--draft", "lookup"], "--draft guesses at real text: give a FILE and a --text"),
+        (["--draft", "lookup", "--text", "x", "-d", "5"], "-d is not used"),
+        (["--tree", "5"], "--tree, --always, --text and --last belong to --draft"),
+        (["--always"], "belong to --draft"),
+    ],
+)
+def test_bench_refuses_what_does_not_go_together(
+    tiny_file: Path, cli: Callable[..., Outcome], options: list[str], message: str
+) -> None:
+    refused = cli("bench", tiny_file, *options)
+    assert refused.status == 2 and message in refused.err

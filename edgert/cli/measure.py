@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from edgert.bench import BenchRow, run_tests
+from edgert.bench_draft import draft_rows
 from edgert.cli.options import FILE, engine_options, size_text
 from edgert.config import QUANTS, Quant
 from edgert.engine import Engine
@@ -30,7 +31,7 @@ from edgert.state import Weights
 )
 @click.option("--quant", type=click.Choice(QUANTS), help="Precision of a --shape. [default: q4]")
 @click.option(
-    "-p", "--prompt", type=int, default=512, show_default=True, help="Prompt tokens; 0: no such test."
+    "-p", "--prompt", type=int, help="Prompt tokens; 0: no such test. [default: 512; with --draft 32]"
 )
 @click.option("-n", "--generate", type=int, default=128, show_default=True, help="Generated tokens; 0: none.")
 @click.option("-d", "--depth", type=int, default=0, show_default=True, help="Tokens already in the context.")
@@ -38,19 +39,47 @@ from edgert.state import Weights
 @click.option(
     "-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True, help="How to print."
 )
+@click.option(
+    "--draft", multiple=True, metavar="FILE|lookup|exit|auto", help="Compare generation with and without it."
+)
+@click.option("--tree", type=int, metavar="N", help="Most guesses checked at once. [default: 32]")
+@click.option("--always", is_flag=True, help="With --draft: guess at every step, whether it pays or not.")
+@click.option(
+    "--text", "text_file", type=FILE, help="With --draft: a text whose documents begin the prompts."
+)
+@click.option("--last", type=int, help="With --text: only the last so many documents.")
 @engine_options
 def bench_command(
     file: Path | None,
     shape_name: str | None,
     quant: Quant | None,
-    prompt: int,
+    prompt: int | None,
     generate: int,
     depth: int,
     repeats: int,
     output: str,
+    draft: tuple[str, ...],
+    tree: int | None,
+    always: bool,
+    text_file: Path | None,
+    last: int | None,
     **options: Any,
 ) -> None:
-    """Time prompt processing (pp) and generation (tg), with the columns of llama-bench."""
+    """Time prompt processing (pp) and generation (tg), with the columns of llama-bench.
+
+    With --draft: generation alone, on real prompts, plain and guessing by turns.
+    """
+    if draft:
+        if file is None or text_file is None:
+            raise UsageError("--draft guesses at real text: give a FILE and a --text to take prompts from")
+        if depth or min(repeats, generate) < 1:
+            raise UsageError("with --draft, -n and -r must be at least 1 and -d is not used")
+        texts = read_documents(text_file, last)
+        _show(draft_rows(file, draft, texts, prompt or 32, generate, repeats, tree, always, options), output)
+        return
+    if tree is not None or always or text_file is not None or last is not None:
+        raise UsageError("--tree, --always, --text and --last belong to --draft; give one as well")
+    prompt = 512 if prompt is None else prompt
     if (file is None) == (shape_name is None):
         raise UsageError("give either a FILE or a --shape NAME")
     if file is not None and quant is not None:
@@ -69,6 +98,11 @@ def bench_command(
             for test, mean, deviation in run_tests(engine, prompt, generate, repeats, depth):
                 count = parameters(weights.spec)
                 rows.append(BenchRow(name, weights.size, count, config.threads, test, mean, deviation))
+    _show(rows, output)
+
+
+def _show(found: Iterable[BenchRow], output: str) -> None:
+    rows = list(found)
     print(_markdown(rows) if output == "md" else json.dumps([dataclasses.asdict(row) for row in rows]))
 
 
@@ -85,7 +119,7 @@ def _weights(file: Path | None, shape_name: str | None, quant: Quant) -> Iterato
     yield f"{shape_name} {quant} random", random_weights(spec, quant)
 
 
-def _markdown(rows: list[BenchRow]) -> str:
+def _markdown(rows: Sequence[BenchRow]) -> str:
     head = ("model", "size", "params", "threads", "test", "t/s")
     lines = [
         (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from edgert.speculation.costs import RowCost
+from edgert.speculation.drafter import Prices
 from edgert.speculation.tree import MAX_NODES, TokenTree
 
 TRIAL = 3
@@ -19,9 +20,16 @@ SETTLED = 24
 PLAIN_EVERY = 64
 """Steps with guesses between two plain ones, which tell what a plain step takes now: a board that
 heats up slows both. Costs about a hundredth of what guessing gains."""
+TIMED = 5
+"""Plain steps at the end of a rest that are timed, for the median that the trial is held against; the
+others are plain decoding and nothing else."""
 _SMOOTHING = 0.1
-_TIMED_EVERY = 4
-"""Of the plain steps while all rest, every fourth is timed: keeping the figures costs some microseconds."""
+_SIZES = (1, 3, 7, 15, 31)
+"""Guesses that with the root fill whole groups of rows."""
+_FIRST_SIZE = 6.0
+_SLACK = 1.5
+"""Of the nodes verified lately: how many are grown with a view to being verified. More than 1, so that a
+tree can become larger again."""
 _FREE = 0.01
 """Of a plain step: drafting that takes less is not worth judging."""
 
@@ -30,7 +38,7 @@ class Recent:
     """The median of the last few observations: one that was disturbed does not move it."""
 
     def __init__(self) -> None:
-        self._last: deque[float] = deque(maxlen=5)
+        self._last: deque[float] = deque(maxlen=TIMED)
         self.value = 0.0
 
     def observe(self, value: float) -> None:
@@ -69,11 +77,8 @@ class Account:
 
     def reason(self) -> str:
         """How it stands, for people."""
-        if self.resting:
-            return (
-                f"does not pay here: the last trial cost {-self.judged:.2f} plain steps a step; "
-                f"tried again in {self.resting} steps"
-            )
+        if not self.steps and self.trials:
+            return f"does not pay here: the last trial cost {-self.judged:.2f} plain steps a step"
         if not self.steps:
             return "not tried yet"
         return f"saves {self.saved:.2f} plain steps a step"
@@ -93,8 +98,8 @@ class Controller:
         self.plain_s = Recent()  # seconds of a plain step
         self.accounts = {name: Account() for name in names}
         self._guessing_rate = 0.0  # tokens per second of steps with guesses, lately
+        self._size = _FIRST_SIZE  # nodes verified in a step, lately
         self._since_plain = 0
-        self._steps = 0
 
     def asked(self) -> list[str]:
         """The drafters that take part in the next step; none: it is a plain one."""
@@ -112,10 +117,17 @@ class Controller:
         plain = 1 / self.plain_s.value if self.plain_s.value > 0 else 0.0
         return max(plain, self._guessing_rate)
 
-    def row_price(self) -> float:
-        """Tokens that one more verified row costs, on average over a tree of a likely size."""
-        few = min(8, self.most_nodes)
-        return self.rate * (self.verify.seconds(1 + few) - self.verify.seconds(1)) / few
+    def prices(self, depth: int) -> Prices:
+        """What guesses cost in the next step, which can use no level below `depth`.
+
+        A row has the price it has in a tree of the size where rows are cheapest: kernels take them by
+        fours and eights, so a fourth can be nearly free. How many nodes are verified is decided, once
+        they are grown, by what each number costs.
+        """
+        one, sizes = self.verify.seconds(1), [size for size in _SIZES if size < self.most_nodes]
+        row_s = min((self.verify.seconds(1 + size) - one) / size for size in sizes)
+        likely = min(self.most_nodes - 1, math.ceil(_SLACK * self._size))
+        return Prices(self.rate, self.rate * row_s, depth, self.most_nodes - 1, likely)
 
     def choose(self, tree: TokenTree, room: int, least: int) -> list[int]:
         """The nodes to verify, without the root, parents first: as many of the most probable as pay.
@@ -132,25 +144,27 @@ class Controller:
                 best, count = max(best, value), size
         return sorted(ranked[:count])
 
-    def plain_step(self, seconds: float, verify_s: float) -> None:
-        """A plain step took so long in all, and its forward so long."""
+    def plain_step(self, seconds: float, verify_s: float | None = None) -> None:
+        """A plain step took so long in all; and its forward, where that was timed apart."""
         self.plain_s.observe(seconds)
-        self.verify.observe(1, verify_s)
+        self.verify.observe(1, seconds if verify_s is None else verify_s)
         self._since_plain = 0
 
-    def pass_step(self) -> bool:
-        """A step of any kind is over. Says whether this machine's plain steps should be timed now."""
-        self._steps += 1
+    def rest(self) -> int:
+        """Plain steps to go until a drafter is asked again, 0 if one is not resting. They count as taken."""
+        steps = min(account.resting for account in self.accounts.values())
         for account in self.accounts.values():
-            if account.resting:
-                account.resting -= 1
-        return not self.plain_s.known or self._steps % _TIMED_EVERY == 0
+            account.resting -= steps
+        return steps
 
     def guessing_step(self, seconds: float, tokens: int, rows: int, verify_s: float) -> None:
         """A step with guesses took so long, gave so many tokens, and verified so many rows."""
         self._guessing_rate += _SMOOTHING * (tokens / seconds - self._guessing_rate)
         self.verify.observe(rows, verify_s)
+        self._size += _SMOOTHING * (max(2, rows - 1) - self._size)
         self._since_plain += 1
+        for account in self.accounts.values():
+            account.resting = max(0, account.resting - 1)
 
     def settle(self, name: str, taken: int, nodes: int, verified: int, draft_s: float) -> None:
         """Credit a drafter with the tokens taken from its nodes; charge its time and its share of rows."""
@@ -181,9 +195,9 @@ class Steady(Controller):
         """Time costs nothing."""
         return 0.0
 
-    def row_price(self) -> float:
+    def prices(self, depth: int) -> Prices:
         """A node that is hardly ever taken is not worth growing even so."""
-        return 0.01
+        return Prices(0.0, 0.01, depth, self.most_nodes - 1, self.most_nodes - 1)
 
     def choose(self, tree: TokenTree, room: int, least: int) -> list[int]:
         """As many as there may be."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.decoding import Commit, Report, TokenSequence
-from edgert.speculation.controller import Controller
-from edgert.speculation.drafter import Drafter, Prices
+from edgert.decoding import Commit, Plain, Report, TokenSequence
+from edgert.speculation.controller import TIMED, Controller
+from edgert.speculation.drafter import Drafter
 from edgert.speculation.tally import Tally
 from edgert.speculation.tree import TokenTree
 
@@ -29,6 +29,8 @@ class Speculation:
         self.controller = controller
         self._tree: TokenTree | None = None  # what is left below the newest token
         self._tally = Tally()
+        self._unguessed = Plain()
+        self._quiet = 0  # plain steps to go before anyone is asked again
 
     def begin(self, sequence: TokenSequence) -> Report:
         """A new sequence: trees of the old one are of no use, what was learned is."""
@@ -42,9 +44,14 @@ class Speculation:
 
     def step(self, sequence: TokenSequence) -> list[Commit]:
         """Commit one token or more."""
+        if self._quiet:
+            self._quiet -= 1
+            self._tally.fallback_steps += 1
+            return self._plain(sequence) if self._quiet < TIMED else self._unguessed.step(sequence)
         depth = min(sequence.wanted - 1, sequence.forward.cache.limit - len(sequence.tokens))
         asked = self.controller.asked() if depth > 0 else []
         if sequence.pending > 1 or not (asked or self._tree):
+            self._tally.fallback_steps += sequence.pending == 1
             return self._plain(sequence)
         began = time.perf_counter()
         tree = self._tree or TokenTree(sequence.tokens[-1])
@@ -62,7 +69,8 @@ class Speculation:
             self.controller.guessing_step(seconds, len(commits), 1 + len(nodes), verify_s)
         else:
             self.controller.plain_step(seconds, verify_s)
-        self.controller.pass_step()
+        if self._tree is None:
+            self._quiet = self.controller.rest()
         self._tally.count(len(commits), grown - 1, len(nodes), drafted - began, verify_s)
         return commits
 
@@ -72,17 +80,12 @@ class Speculation:
             drafter.close()
 
     def _plain(self, sequence: TokenSequence) -> list[Commit]:
-        """What decoding is while nobody guesses, with as little beside it as possible."""
-        prompt = sequence.pending > 1
+        """A plain step that is timed, so that the controller knows what guessing has to beat."""
+        decoding = sequence.pending == 1
         began = time.perf_counter()
-        logits = sequence.run_pending()
-        verified = time.perf_counter()
-        assert logits is not None
-        commits = sequence.commit([Commit(sequence.choose(logits), "model")])
-        if not prompt:
-            self._tally.fallback_steps += 1
-            if self.controller.pass_step():
-                self.controller.plain_step(time.perf_counter() - began, verified - began)
+        commits = self._unguessed.step(sequence)
+        if decoding:
+            self.controller.plain_step(time.perf_counter() - began)
         return commits
 
     def _grow(
@@ -93,7 +96,7 @@ class Speculation:
         if not asked:
             return times
         controller = self.controller
-        prices = Prices(controller.rate, controller.row_price(), depth, controller.most_nodes - 1)
+        prices = controller.prices(depth)
         for name in asked:
             began = time.perf_counter()
             late = self._drafters[name].grow(tree, sequence, prices)

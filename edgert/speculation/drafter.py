@@ -15,6 +15,7 @@ class Prices:
     row: float  # verifying one more row
     depth: int  # the deepest level that may still be used
     nodes: int  # most nodes that are verified, without the root
+    likely: int  # how many are likely to be: what ranks behind them is hardly worth growing
 
 
 class Drafter(Protocol):

@@ -109,11 +109,13 @@ class ForwardDrafter:
             return []
         one = self.cost.seconds(1)
         more = (self.cost.seconds(len(best)) - one) / max(1, len(best) - 1)
-        each = prices.row + prices.second * max(0.0, more)
+        ranked = tree.ranked()
+        last = np.exp(tree.logprobs[ranked[prices.likely - 1]]) if len(ranked) >= prices.likely else 0.0
+        each = max(last, prices.row + prices.second * max(0.0, more))
         worth = [self._hit * np.exp(tree.logprobs[node]) for node in best]
         batch = [node for node, value in zip(best, worth, strict=True) if value > each]
-        gain = sum(worth[: len(batch)]) - each * len(batch)
-        return batch if gain > prices.second * one else []
+        gain = sum(worth[: len(batch)]) - prices.row * len(batch)
+        return batch if gain > prices.second * self.cost.seconds(len(batch)) else []
 
     def _expand(self, tree: TokenTree, nodes: list[int]) -> None:
         began = time.perf_counter()
