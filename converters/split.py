@@ -13,9 +13,10 @@ from edgert.config import ModelSpec, Quant, QuantSpec
 from edgert.converters.dispatch import convert
 from edgert.converters.pipeline import peak_rss_bytes
 from edgert.converters.report import ConversionReport, Progress, TensorReport
-from edgert.errors import ChecksumError, OptionError
+from edgert.errors import OptionError
 from edgert.format import ErtFile, ErtWriter
 from edgert.format.identity import MODEL_KEY, identity
+from edgert.format.rewrite import copy_tensors
 from edgert.format.tensors import TOKENIZER, declared
 
 
@@ -82,13 +83,7 @@ def _write_half(file: ErtFile, out: Path, part: tuple[int, int]) -> ConversionRe
     quants = {name: file.tensors[name].quant for name in names if file.tensors[name].role == "matrix"}
     metadata = _half_metadata(file, names, is_edge)
     with ErtWriter(out, spec, quants, tokenizer, metadata) as writer:
-        for name in names:
-            writer.write(name, file.raw(name))
-            if writer.tensors[name].sha256 != file.tensors[name].sha256:
-                raise ChecksumError(
-                    f"{file.path}: found other bytes than were written in {name}, expected their SHA-256; "
-                    "copy the file again or convert the model again"
-                )
+        copy_tensors(file, writer, names)
         writer.finish()
     errors = json.loads(metadata.get("errors", "{}"))
     reports = tuple(

@@ -24,6 +24,7 @@ class Commit(NamedTuple):
 
     choice: Choice
     source: Source
+    fallback: str = ""  # why it is not from where it was asked for, as `TokenEvent.fallback`
 
 
 class TokenSequence:
@@ -109,6 +110,9 @@ class Decoder(Protocol):
     def begin(self, sequence: TokenSequence) -> Report:
         """A new sequence has begun; its prompt is not computed yet, or only in part."""
 
+    def prefill(self, sequence: TokenSequence) -> None:
+        """Compute a chunk of a prompt of which more than that is pending."""
+
     def step(self, sequence: TokenSequence) -> list[Commit]:
         """Advance by one step and give what was committed: at least one token.
 
@@ -126,6 +130,10 @@ class Plain:
     def begin(self, sequence: TokenSequence) -> Report:
         """Nothing to prepare, nothing to tell."""
         return dict
+
+    def prefill(self, sequence: TokenSequence) -> None:
+        """The next chunk."""
+        sequence.run_pending()
 
     def step(self, sequence: TokenSequence) -> list[Commit]:
         """Compute what is pending and choose the token after it."""

@@ -38,7 +38,7 @@ class Engine:
     def step(self) -> list[Commit]:
         """Compute one more chunk of the prompt, or let the decoder advance; the tokens committed."""
         if self.sequence.pending > self.forward.config.chunk:
-            self.sequence.run_pending()
+            self.decoder.prefill(self.sequence)
             return []
         return self.decoder.step(self.sequence)
 

@@ -13,7 +13,8 @@
     ├── ContextLengthError      more tokens than the context holds
     ├── TemplateError           a chat template that is absent, broken or hostile
     ├── MemoryBudgetError       the plan does not fit in --ram
-    └── DeviceError             this machine lacks something (a writable cache, a core)
+    ├── DeviceError             this machine lacks something (a writable cache, a core)
+    └── LinkError               the cloud half cannot be reached, or refused, or broke the protocol
 
 A message says what was found, what was expected and what to do, in one line.
 """
@@ -77,3 +78,7 @@ class MemoryBudgetError(EdgertError):
 
 class DeviceError(EdgertError):
     """Something this machine lacks."""
+
+
+class LinkError(EdgertError):
+    """A cloud half that cannot be reached or refuses, or a peer that breaks the protocol."""

@@ -16,6 +16,8 @@ class TokenEvent:
     logprob: float  # natural, of the raw logits
     source: Source = "model"  # who produced it
     top: tuple[tuple[int, float], ...] = ()  # most probable (token, logprob), where asked for
+    # An unsure exit that had to answer: "deadline", "link" or "refused" says why the cloud did not.
+    fallback: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,7 @@ class Generation:
                     self._committed.extend(self._engine.step())
                 if not self._committed:
                     continue
-                choice, source = self._committed.popleft()
+                choice, source, fallback = self._committed.popleft()
                 last = len(self._given) + 1 == limit or (self._engine.sequence.full and not self._committed)
             now = time.perf_counter()
             self._clock.first = self._clock.first or now
@@ -137,11 +137,11 @@ class Generation:
                 self._reason = "stop"
                 self._tail = self._rest()[0]
                 if self._tail:  # held back as the start of a stop string or of a character
-                    yield TokenEvent(choice.token, self._tail, choice.logprob, source, choice.top)
+                    yield TokenEvent(choice.token, self._tail, choice.logprob, source, choice.top, fallback)
                 return
             self._clock.last = now
             text, stopped = self._show(choice.token, last)
-            event = TokenEvent(choice.token, text, choice.logprob, source, choice.top)
+            event = TokenEvent(choice.token, text, choice.logprob, source, choice.top, fallback)
             self._given.append(event)
             if stopped:
                 self._reason = "stop"

@@ -21,6 +21,7 @@ from edgert.events import Completion
 from edgert.format import ErtFile
 from edgert.format.verify import check
 from edgert.generation import Generation, Turns
+from edgert.handoff.setup import HandoffConfig, make_decoder
 from edgert.planner import plan
 from edgert.sampling import Sampler, log_probability
 from edgert.speculation import Draft, drafting
@@ -40,6 +41,7 @@ def load(
     draft: Draft | Sequence[Draft] | None = None,
     tree: int | None = None,
     draft_store: Draft | None = None,
+    handoff: HandoffConfig | None = None,
 ) -> "Model":
     """Open an .ert file and make it ready to run.
 
@@ -47,7 +49,8 @@ def load(
     most resident memory the process may come to, in bytes or as "1GiB"; None for no limit. context:
     positions of the KV cache; None for the model's own, at most 8192. kv: the cache's precision, "f16"
     or "q8". chunk: rows of one prefill pass. None of them changes a bit of the output, `kv` aside.
-    check_tensors: read the whole file and compare every checksum first.
+    check_tensors: read the whole file and compare every checksum first. handoff: answer from the model's
+    exits where they are sure, else from the layers behind them, here or in a cloud (docs/handoff.md).
 
     draft: who guesses ahead, several tokens to be checked at once: a draft model's .ert file, "lookup"
     (what followed the same words before), "exit" (the model's own lower layers), "auto" (all there
@@ -60,7 +63,10 @@ def load(
     if check_tensors:
         check(Path(path))
     file = ErtFile.open(Path(path))
-    _check_whole(file)
+    if handoff is None:
+        _check_whole(file)
+    elif draft is not None:
+        raise OptionError("draft and handoff both say how tokens come about; give one of them")
     guesses = None
     if draft is not None:
         guesses = drafting(file, draft, tree=tree, store=draft_store, threads=threads, context=context, kv=kv)
@@ -76,6 +82,8 @@ def load(
         chunk=chunk,
         draft_bytes=guesses.nbytes if guesses else 0,
     )
+    if handoff is not None:
+        return Model(file, config, make_decoder(file, handoff))
     return Model(file, config, guesses.decoder(file.spec.vocab) if guesses else None)
 
 
@@ -208,7 +216,7 @@ def _check_whole(file: ErtFile) -> None:
     """Refuse half a model: alone it has no answer to give."""
     spec = file.spec
     if spec.part:
-        use = "serve it with `edgert cloud`" if spec.first_layer else "run it with --cloud HOST:PORT"
+        use = "serve it with `edgert cloud`" if spec.first_layer else "give --cloud HOST:PORT or --mode local"
         raise ModelFileError(
             f"{file.path}: found layers {spec.first_layer} to {spec.last_layer} of {spec.layers}, expected "
             f"all of them; {use}"

@@ -1,5 +1,6 @@
 """Skips the tests that need the JIT where it is off; the models and the command many tests use."""
 
+import importlib.util
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,10 @@ from tests import tiny_models
 # The same examples in every run: a check that fails must fail for a change, not by the draw.
 settings.register_profile("same examples", derandomize=True)
 settings.load_profile("same examples")
+
+
+if importlib.util.find_spec("grpc") is None or importlib.util.find_spec("cryptography") is None:
+    collect_ignore_glob = ["test_handoff*.py"]  # they need the extra `cloud`
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,7 @@ Cli = Callable[..., Any]
 PROMPT = "Once upon"
 EDGERT = [sys.executable, "-m", "edgert"]
 FILE_VERBS = ("convert", "inspect", "verify", "run", "chat", "bench", "eval")
-VERBS = (*FILE_VERBS, "probe", "doctor", "warmup", "train", "demo")
+VERBS = (*FILE_VERBS, "probe", "doctor", "warmup", "train", "cloud", "certs", "calibrate", "demo")
 TIMING = re.compile(
     r"\[load \d+\.\d\d s \| prompt (\d+) tokens, [\d.]+ tok/s \| first token \d+ ms \| "
     r"(\d+) tokens, [\d.]+ tok/s \| (\w+)\]\n"

@@ -30,6 +30,9 @@ class Threes:
         self.steps = 0
         return lambda: {"steps": self.steps}
 
+    def prefill(self, sequence: TokenSequence) -> None:
+        sequence.run_pending()
+
     def step(self, sequence: TokenSequence) -> list[Commit]:
         self.steps += 1
         made: list[Commit] = []

@@ -107,7 +107,7 @@ def test_step_computes_a_chunk_and_chooses_after_the_last(files: dict[Quant, Pat
         assert sequence.pending == 6
         assert engine.step() == []
         assert sequence.pending == 2
-        ((choice, source),) = engine.step()
+        ((choice, source, _),) = engine.step()
         assert source == "model"
         assert sequence.tokens == [5, 6, 7, 8, 9, 10, choice.token]
         assert sequence.pending == 1 and not sequence.full

@@ -1,6 +1,7 @@
 """`edgert run` and `edgert chat`."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -9,7 +10,14 @@ from typing import Any
 
 import click
 
-from edgert.cli.options import FILE, draft_options, engine_options, sampling_options
+from edgert.cli.options import (
+    FILE,
+    draft_options,
+    engine_options,
+    handoff_config,
+    handoff_options,
+    sampling_options,
+)
 from edgert.events import Completion
 from edgert.generation import Generation
 from edgert.runtime import Model, load
@@ -24,6 +32,7 @@ INTERRUPTED = 130
 @click.option("--check-tensors", is_flag=True, help="Compare every checksum of the file first.")
 @sampling_options
 @draft_options
+@handoff_options
 @engine_options
 def run_command(file: Path, prompt: str | None, as_json: bool, **options: Any) -> int:
     """Continue a text: stream it to stdout, one line of timing to stderr."""
@@ -47,6 +56,7 @@ def run_command(file: Path, prompt: str | None, as_json: bool, **options: Any) -
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
 @sampling_options
 @draft_options
+@handoff_options
 @engine_options
 def chat_command(file: Path, system: str | None, **options: Any) -> int:
     """Talk with a model, in its own chat template. Ctrl-C stops an answer, Ctrl-D ends."""
@@ -74,19 +84,23 @@ def timing_line(done: Completion, load_s: float | None) -> str:
     """What a generation took, on one line."""
     t = done.timings
     loaded = "" if load_s is None else f"load {load_s:.2f} s | "
-    steps = done.stats.get("accepted_per_step")
+    steps, over = done.stats.get("accepted_per_step"), done.stats.get("handoffs")
     draft = "" if steps is None else f"{steps:.2f} tokens per verification | "
+    exits = "" if over is None else f"{done.stats['exits']} from exits, {over} handed over | "
     return (
         f"[{loaded}prompt {done.prompt_tokens} tokens, {t.prefill_tok_s:.1f} tok/s | first token "
         f"{t.first_token_s * 1000:.0f} ms | {len(done.tokens)} tokens, {t.decode_tok_s:.1f} tok/s | "
-        f"{draft}{done.finish_reason}]"
+        f"{draft}{exits}{done.finish_reason}]"
     )
 
 
 def _open(file: Path, options: dict[str, Any]) -> Model:
     names = ("threads", "ram", "context", "kv", "chunk", "check_tensors", "tree", "draft_store")
     given = {name: options[name] for name in names if name in options}
-    return load(file, draft=options["draft"] or None, **given)
+    handoff = handoff_config(options)
+    if handoff is not None:
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC prints of its own is not for users
+    return load(file, draft=options["draft"] or None, handoff=handoff, **given)
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,9 @@ _VERBS = {
     "doctor": "device",
     "warmup": "device",
     "train": "train",
+    "cloud": "cloud",
+    "certs": "cloud",
+    "calibrate": "cloud",
     "demo": "demo",
 }
 

@@ -8,6 +8,7 @@ import click
 
 from edgert.config import KV_TYPES
 from edgert.format import ExitCalibration
+from edgert.handoff.setup import HandoffConfig, Mode
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
@@ -56,6 +57,76 @@ def draft_options(function: Command) -> Command:
     ):
         function = option(function)
     return function
+
+
+def handoff_options(function: Command) -> Command:
+    """--cloud, --mode and what decides between an exit, the layers behind it and the cloud."""
+    for option in (
+        click.option(
+            "--client",
+            default="client",
+            show_default=True,
+            help="Name of this client's certificate in --tls.",
+        ),
+        click.option("--tls", type=FILE, metavar="FOLDER", help="Certificates (`edgert certs`)."),
+        click.option(
+            "--deadline",
+            type=float,
+            default=2.0,
+            show_default=True,
+            help="Seconds to wait for the cloud before the exit answers.",
+        ),
+        click.option(
+            "--wire",
+            type=click.Choice(["f32", "f16", "int8"]),
+            default="f32",
+            show_default=True,
+            help="Precision of hidden values on the wire; f32 is exact.",
+        ),
+        click.option("--layer", type=int, help="Of a file that was not split: where the upper layers begin."),
+        click.option(
+            "--exit-rule",
+            type=click.Choice(["top", "margin", "entropy", "quantile"]),
+            default="top",
+            show_default=True,
+            help="What makes an exit sure.",
+        ),
+        click.option("--budget", type=float, metavar="SHARE", help="Hand over at most this share of tokens."),
+        click.option(
+            "--agreement",
+            type=float,
+            metavar="SHARE",
+            help="Answer from an exit as long as this share of tokens is the whole model's. [default: 1]",
+        ),
+        click.option(
+            "--mode",
+            type=click.Choice(["local", "collaborative", "cloud"]),
+            help="local sends nothing, ever. [default: collaborative with --cloud]",
+        ),
+        click.option("--cloud", metavar="HOST:PORT", help="The cloud half (`edgert cloud`)."),
+    ):
+        function = option(function)
+    return function
+
+
+def handoff_config(options: dict[str, Any]) -> HandoffConfig | None:
+    """What the options say; None where nothing of a hand-off was asked for."""
+    wanted = ("cloud", "mode", "agreement", "budget", "layer")
+    if all(options[name] is None for name in wanted):
+        return None
+    mode: Mode = options["mode"] or ("local" if options["cloud"] is None else "collaborative")
+    return HandoffConfig(
+        mode=mode,
+        cloud=options["cloud"],
+        agreement=options["agreement"],
+        budget=options["budget"],
+        rule=options["exit_rule"],
+        layer=options["layer"],
+        wire=options["wire"],
+        deadline_s=options["deadline"],
+        tls=options["tls"],
+        client=options["client"],
+    )
 
 
 def sampling_options(function: Command) -> Command:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Final
 
 from edgert.format.reader import ErtFile
@@ -19,7 +20,7 @@ def identity(file: ErtFile) -> str:
     """
     if file.spec.part:
         return file.metadata.get(MODEL_KEY, "")
-    spec = file.spec
+    spec = replace(file.spec, exits=())
     rows = [json.dumps(spec.to_json(), sort_keys=True)]
     for decl in declared(spec):
         tensor = file.tensors[decl.name]

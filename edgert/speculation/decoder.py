@@ -42,6 +42,10 @@ class Speculation:
             tally.report() | {"draft": "+".join(self._drafters), "reason": self.controller.reason()}
         )
 
+    def prefill(self, sequence: TokenSequence) -> None:
+        """The next chunk."""
+        sequence.run_pending()
+
     def step(self, sequence: TokenSequence) -> list[Commit]:
         """Commit one token or more."""
         if self._quiet:
