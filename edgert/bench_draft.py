@@ -117,14 +117,19 @@ class Both:
 
 
 def open_pair(
-    file: ErtFile, draft: Sequence[str], tree: int | None, always: bool, options: dict[str, Any]
+    file: ErtFile,
+    draft: Sequence[str],
+    tree: int | None,
+    always: bool,
+    options: dict[str, Any],
+    learn: bool = False,
 ) -> Both:
     """Both engines of a file; options are those of `plan`."""
     shared = {name: options.get(name) for name in ("threads", "context")}
-    made = drafting(file, draft, tree=tree, kv=options.get("kv", "f16"), **shared)
+    made = drafting(file, draft, tree=tree, learn=learn, kv=options.get("kv", "f16"), **shared)
     config = plan(file.spec, file.size, **options, draft_bytes=made.nbytes)
     weights = Weights.of_file(file)
-    return Both(Engine(weights, config), Engine(weights, config, made.decoder(file.spec.vocab, always)))
+    return Both(Engine(weights, config), Engine(weights, config, made.decoder(file.spec, always)))
 
 
 def generate(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> tuple[tuple[int, ...], float]:

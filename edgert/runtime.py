@@ -41,6 +41,7 @@ def load(
     draft: Draft | Sequence[Draft] | None = None,
     tree: int | None = None,
     draft_store: Draft | None = None,
+    draft_learn: bool = False,
     handoff: HandoffConfig | None = None,
 ) -> "Model":
     """Open an .ert file and make it ready to run.
@@ -56,6 +57,7 @@ def load(
     (what followed the same words before), "exit" (the model's own lower layers), "auto" (all there
     is), or several of them. The output is the same; speculation that does not pay is not used. tree:
     most guesses checked at once, 2 to 64. draft_store: a file that keeps what lookup saw between runs.
+    draft_learn: correct the draft's head by what the model chooses, as long as it is loaded.
 
     Raises ModelFileError for a file that cannot be used (ChecksumError for damaged tensors),
     MemoryBudgetError when it does not fit.
@@ -69,9 +71,18 @@ def load(
         raise OptionError("draft and handoff both say how tokens come about; give one of them")
     guesses = None
     if draft is not None:
-        guesses = drafting(file, draft, tree=tree, store=draft_store, threads=threads, context=context, kv=kv)
-    elif tree is not None or draft_store is not None:
-        raise OptionError("tree and draft_store belong to a draft; give draft as well")
+        guesses = drafting(
+            file,
+            draft,
+            tree=tree,
+            store=draft_store,
+            learn=draft_learn,
+            threads=threads,
+            context=context,
+            kv=kv,
+        )
+    elif tree is not None or draft_store is not None or draft_learn:
+        raise OptionError("tree, draft_store and draft_learn belong to a draft; give draft as well")
     config = plan(
         file.spec,
         file.size,
@@ -84,7 +95,7 @@ def load(
     )
     if handoff is not None:
         return Model(file, config, make_decoder(file, handoff))
-    return Model(file, config, guesses.decoder(file.spec.vocab) if guesses else None)
+    return Model(file, config, guesses.decoder(file.spec) if guesses else None)
 
 
 class Model:

@@ -85,11 +85,12 @@ def guessing(
 ) -> Iterator[Model]:
     """A model that guesses ahead: at every step, unless told otherwise."""
     file = ErtFile.open(path)
-    made = drafting(file, draft, tree=options.pop("tree", 12), threads=threads)
+    tree, learn = options.pop("tree", 12), options.pop("learn", False)
+    made = drafting(file, draft, tree=tree, threads=threads, learn=learn)
     with Model(
         file,
         plan(file.spec, file.size, threads=threads, **options),
-        made.decoder(file.spec.vocab, always),
+        made.decoder(file.spec, always),
     ) as model:
         yield model
 
@@ -133,7 +134,7 @@ def test_precision_and_threads_do_not_matter(
             same(plain.generate(prompt, max_tokens=COUNT), guesser.generate(prompt, max_tokens=COUNT))
 
 
-@pytest.mark.parametrize("kv", ["f16"] if TWINS else ["f16", "q8"])
+@pytest.mark.parametrize("kv", ["f16"] if TWINS else ["f16", "q8", "q4"])
 @pytest.mark.parametrize("options", SAMPLED[1:2] if TWINS else SAMPLED)
 @pytest.mark.parametrize("drafter", ["lookup", "exit", "model"])
 def test_sampled_tokens_are_those_of_plain_decoding_with_the_same_seed(
@@ -299,7 +300,7 @@ def test_sampled_texts_have_the_distribution_of_the_target(
         shares = exact_shares(plain, prompt, params)
     assert min(shares.values()) * 3000 > 5  # each text often enough for Pearson's approximation
     with ErtFile.open(path) as file:
-        decoder = drafting(file, draft, tree=8, threads=1).decoder(file.spec.vocab, always=True)
+        decoder = drafting(file, draft, tree=8, threads=1).decoder(file.spec, always=True)
         engine = Engine(Weights.of_file(file), plan(file.spec, file.size, threads=1), decoder)
         found = surprise(drawn(engine, prompt, params, 3000), shares)
         engine.close()
@@ -457,3 +458,62 @@ def test_bench_refuses_what_does_not_go_together(
 ) -> None:
     refused = cli("bench", tiny_file, *options)
     assert refused.status == 2 and message in refused.err
+
+
+# ---- a draft that learns ---------------------------------------------------------------------
+
+SHIFTED = (  # The Tragedy of Coriolanus, act 1, scene 1: nothing that the bundled model was made for
+    "First Citizen:\nBefore we proceed any further, hear me speak.",
+    "You are all resolved rather to die than to famish?",
+    "First, you know Caius Marcius is chief enemy to the people.",
+    "Let us kill him, and we'll have corn at our own price.",
+    "One word, good citizens. We are accounted poor citizens, the patricians good.",
+    "What authority surfeits on would relieve us: if they would yield us but the superfluity,",
+    "The leanness that afflicts us, the object of our misery,",
+    "Let us revenge this with our pikes, ere we become rakes:",
+)
+
+
+def write_shallow(folder: Path, layers: int) -> None:
+    """The bundled model without its last layers: a draft that is often wrong in the same way."""
+    source = Path(str(resources.files("edgert") / "assets" / "stories"))
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}), encoding="utf-8")
+    (folder / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    kept = {
+        name: values
+        for name, values in tensors.items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
+    }
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.compiled
+def test_a_draft_learns_from_what_is_accepted_and_changes_nothing(tmp_path: Path) -> None:
+    edgert.convert(Path(str(resources.files("edgert") / "assets" / "stories")), tmp_path / "m.ert", "q8")
+    write_shallow(tmp_path / "draft", 5)
+    edgert.convert(tmp_path / "draft", tmp_path / "draft.ert", "q8")
+    taken = {}
+    with edgert.load(tmp_path / "m.ert", threads=1) as plain:
+        expected = [plain.generate(prompt, max_tokens=80) for prompt in SHIFTED]
+    for learn in (False, True):
+        with guessing(tmp_path / "m.ert", str(tmp_path / "draft.ert"), learn=learn) as guesser:
+            found = [guesser.generate(prompt, max_tokens=80) for prompt in SHIFTED]
+        for plainly, guessed in zip(expected, found, strict=True):
+            same(plainly, guessed)
+        steps = sum(done.stats["verifications"] for done in found)
+        taken[learn] = sum(done.stats["taken"]["model"] for done in found) / steps
+    assert taken[True] > taken[False] * 1.05
+
+
+def test_learning_exits_and_drafts_change_nothing(files: Callable[[str, str], Path]) -> None:
+    path = files("llama_mqa_odd_sizes", "q8")
+    with edgert.load(path, threads=1) as plain:
+        expected = plain.generate(PROMPTS[0], max_tokens=COUNT)
+    for draft in ("exit", str(files("llama_mqa_odd_sizes", "q4"))):
+        with guessing(path, draft, learn=True) as guesser:
+            same(expected, guesser.generate(PROMPTS[0], max_tokens=COUNT))
+    with pytest.raises(OptionError, match="a lookup learns anyway"):
+        edgert.load(path, draft="lookup", draft_learn=True)

@@ -12,6 +12,7 @@ from edgert.errors import ModelFileError
 from edgert.speculation.controller import FIRST_REST, LONGEST_REST, TRIAL, Account, Controller
 from edgert.speculation.costs import RowCost
 from edgert.speculation.lookup import read_store, write_store
+from edgert.speculation.online import MOST_TOKENS, HeadCorrection
 from edgert.speculation.tree import Guess, TokenTree
 from edgert.speculation.trie import ORDER, NgramTrie, continuations
 from edgert.speculation.trust import Trust
@@ -203,6 +204,31 @@ def test_a_step_is_plain_until_plain_steps_were_measured() -> None:
     for _ in range(TRIAL):
         made.plain_step(1.0, 1.0)
     assert made.asked() == ["test"]
+
+
+# ---- learning --------------------------------------------------------------------------------
+
+
+def test_a_correction_makes_what_was_seen_likely_at_such_places_only() -> None:
+    random = np.random.default_rng(2)
+    correction, logits = HeadCorrection(64), np.zeros((1, 40), np.float32)
+    here = correction.features(random.standard_normal((1, 64)).astype(np.float32))
+    there = correction.features(random.standard_normal((1, 64)).astype(np.float32))
+    for _ in range(12):
+        correction.learn(here[0], [(3, 0.6), (4, 0.2)], 9)
+    found = correction.apply(logits, here)[0]
+    assert found.argmax() == 9 and found[9] > 4 and found[3] < -2
+    assert abs(correction.apply(logits, there)[0]).max() < found[9] / 2
+    assert not logits.any()  # a copy
+
+
+def test_a_correction_holds_so_many_tokens_and_forgets_the_oldest() -> None:
+    correction = HeadCorrection(4)
+    place = correction.features(np.ones((1, 4), np.float32))
+    for token in range(MOST_TOKENS + 5):
+        correction.learn(place[0], [], token)
+    found = correction.apply(np.zeros((1, MOST_TOKENS + 5), np.float32), place)[0]
+    assert not found[:5].any() and (found[5:] == 0.5).all()
 
 
 # ---- lookup ----------------------------------------------------------------------------------

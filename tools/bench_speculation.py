@@ -4,6 +4,7 @@
     python tools/bench_speculation.py shape PROFILE.json --shape llama-3.2-1b --quant q4 -t 1
     python tools/bench_speculation.py lookup TARGET.ert --prompts spec_bench.jsonl
     python tools/bench_speculation.py nothing [TARGET.ert | --shape llama-3.2-1b]
+    python tools/bench_speculation.py learn TARGET.ert --draft DRAFT.ert --text tinyshakespeare.txt --last 40
 
 `family` writes, with --profile PROFILE.json, how sure the draft was at each place and which of its guesses
 was right; `shape` replays that on random weights: a draft of random weights is run and paid for, and what
@@ -83,7 +84,7 @@ class ScriptedDrafter(ModelDrafter):
         super().begin(sequence)
         self._sequence = sequence
 
-    def _guess(self, tree: TokenTree, node: int, logits: Any) -> None:
+    def _guess(self, tree: TokenTree, node: int, logits: Any) -> list[tuple[int, float]]:
         assert self._sequence is not None
         text = [*self._sequence.tokens, *(tree.tokens[n] for n in tree.path(node))]
         right = text == list(self.answer[: len(text)]) and len(text) < len(self.answer)
@@ -97,6 +98,7 @@ class ScriptedDrafter(ModelDrafter):
             child = tree.add(node, token, Guess(self.name, probability, self.trust))
             if child not in self._rows and child not in self._open:
                 self._open.append(child)
+        return []
 
 
 class Recorder(Speculation):
@@ -244,20 +246,53 @@ def lookup(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def learn(args: argparse.Namespace) -> dict[str, Any]:
+    """What the draft's head learns from a text it was not made for: acceptance, first half and second."""
+    result: dict[str, Any] = {}
+    with ErtFile.open(args.target) as file:
+        tokenizer = Tokenizer(file.tokenizer_json() or b"")
+        prompts = [tokenizer.encode(text)[: args.prompt] for text in passages(args.text)[-args.last :]]
+        for name, learns in (("as it is", False), ("learning", True)):
+            with closing(open_pair(file, args.draft, args.tree, True, options(args), learns)) as both:
+                found = list(pairs(both.plain, both.guessing, prompts, args.count))
+                half = len(found) // 2
+                result[name] = {
+                    "accepted_per_step": round(accepted_per_step(found), 3),
+                    "first_half": round(accepted_per_step(found[:half]), 3),
+                    "second_half": round(accepted_per_step(found[half:]), 3),
+                    "guessing_us_per_token": summary(found)["guessing_us_per_token"],
+                }
+    return result
+
+
+def passages(path: Path) -> list[str]:
+    """The documents of a .jsonl; of a text, its passages of a hundred characters and more."""
+    if path.suffix == ".jsonl":
+        return read_documents(path)
+    found: list[str] = []
+    for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
+        if found and len(found[-1]) < 200:
+            found[-1] += "\n\n" + paragraph
+        else:
+            found.append(paragraph)
+    return found
+
+
 def arguments() -> argparse.Namespace:
     """What is on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for name, work in (("family", family), ("shape", at_shape), ("lookup", lookup), ("nothing", nothing)):
+    works = (family, at_shape, lookup, nothing, learn)
+    for name, work in zip(("family", "shape", "lookup", "nothing", "learn"), works, strict=True):
         verb = verbs.add_parser(name)
         verb.set_defaults(work=work)
         verb.add_argument("-t", "--threads", type=int, default=1)
         verb.add_argument("-n", "--count", type=int, default=128, help="tokens after each prompt")
         verb.add_argument("-p", "--prompt", type=int, default=32, help="prompt tokens")
         verb.add_argument("--tree", type=int, default=32)
-        if name in ("family", "lookup"):
+        if name in ("family", "lookup", "learn"):
             verb.add_argument("target", type=Path)
-        if name == "family":
+        if name in ("family", "learn"):
             verb.add_argument("--draft", action="append", required=True)
             verb.add_argument("--text", type=Path, required=True)
             verb.add_argument("--last", type=int, default=40)

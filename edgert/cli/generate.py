@@ -95,7 +95,17 @@ def timing_line(done: Completion, load_s: float | None) -> str:
 
 
 def _open(file: Path, options: dict[str, Any]) -> Model:
-    names = ("threads", "ram", "context", "kv", "chunk", "check_tensors", "tree", "draft_store")
+    names = (
+        "threads",
+        "ram",
+        "context",
+        "kv",
+        "chunk",
+        "check_tensors",
+        "tree",
+        "draft_store",
+        "draft_learn",
+    )
     given = {name: options[name] for name in names if name in options}
     handoff = handoff_config(options)
     if handoff is not None:

@@ -46,6 +46,7 @@ def draft_options(function: Command) -> Command:
         click.option(
             "--draft-store", type=FILE, metavar="FILE", help="Keep what lookup saw here, between runs."
         ),
+        click.option("--draft-learn", is_flag=True, help="Let the draft learn from what is accepted."),
         click.option("--tree", type=int, metavar="N", help="Most guesses checked at once. [default: 32]"),
         click.option(
             "--draft",

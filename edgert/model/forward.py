@@ -48,7 +48,7 @@ class Forward:
             builder.exit_head(layer)
             self._heads[layer] = start, builder.position
         code, reals = builder.table_of_operations()
-        self._hidden, self._logits = builder.hidden, builder.logits
+        self._hidden, self._chosen, self._logits = builder.hidden, builder.chosen, builder.logits
         self.state = state = RunState(builder.layout, config)
         self.waits = Waits()
         self._job = np.zeros(program.JOB_WORDS, np.int64)
@@ -127,6 +127,10 @@ class Forward:
     def hidden(self) -> NDArray[np.float32]:
         """The residual rows [T, D] of the last call, behind the layer it ended with: a view."""
         return self._rows(self._hidden, int(self._job[program.ROWS]))[:, : self.spec.width]
+
+    def chosen(self, count: int) -> NDArray[np.float32]:
+        """The normed rows [count, D] that the logits of the last call were made of: a view."""
+        return self._rows(self._chosen, count)[:, : self.spec.width]
 
     def _run_through(self, start: int, last: int, head: tuple[int, int] | None) -> None:
         """From operation `start` to the end of the layers before `last`, then a head."""

@@ -158,10 +158,11 @@ class Speculation:
         self, sequence: TokenSequence, tree: TokenTree, path: list[int], commits: list[Commit]
     ) -> None:
         """What stands below the newest token is the start of the next tree."""
-        below = tree.children[path[-1] if path else 0].get(commits[-1].choice.token)
+        last = commits[-1].choice.token
+        below = tree.children[path[-1] if path else 0].get(last)
         self._tree, places = (None, {}) if below is None else tree.below(below)
         for drafter in self._drafters.values():
-            drafter.settle(tree, path, places)
+            drafter.settle(tree, path, last, places)
 
     def _judge(
         self,

@@ -40,8 +40,8 @@ class Drafter(Protocol):
     def extend(self, tree: TokenTree) -> bool:
         """Grow on a little without asking the price, in time that is free; False: there is nothing to do."""
 
-    def settle(self, tree: TokenTree, path: list[int], places: dict[int, int]) -> None:
-        """The target took the nodes of `path`, and then a token of its own.
+    def settle(self, tree: TokenTree, path: list[int], last: int, places: dict[int, int]) -> None:
+        """The target took the nodes of `path`, and then chose the token `last`.
 
         places: from the nodes below that token to the nodes of the next tree; empty where the tree
         had no such node. The sequence's tokens include all that was taken.

@@ -3,9 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.config import ModelSpec
 from edgert.decoding import TokenSequence
 from edgert.model.forward import Forward
 from edgert.speculation.forward_drafter import ForwardDrafter
+from edgert.speculation.online import HeadCorrection
 from edgert.speculation.tree import TokenTree
 
 
@@ -16,8 +18,8 @@ class ExitDrafter(ForwardDrafter):
     the same keys and values again. So nothing of its tree outlives a step, and there is no catching up.
     """
 
-    def __init__(self, vocab: int) -> None:
-        super().__init__("exit", vocab)
+    def __init__(self, spec: ModelSpec, learn: bool = False) -> None:
+        super().__init__("exit", spec.vocab, HeadCorrection(spec.width) if learn else None)
         self._forward: Forward | None = None
         self._layers = (0, 0)
 
@@ -31,8 +33,9 @@ class ExitDrafter(ForwardDrafter):
         """The target is at work in the same buffers."""
         return False
 
-    def settle(self, tree: TokenTree, path: list[int], places: dict[int, int]) -> None:
+    def settle(self, tree: TokenTree, path: list[int], last: int, places: dict[int, int]) -> None:
         """The verification was written over its rows."""
+        self._learn(tree, path, last)
         self._forget()
 
     def _room(self) -> int:
@@ -53,6 +56,10 @@ class ExitDrafter(ForwardDrafter):
         return self._forward.run(
             tokens, parents=above, behind=behind + 1, layers=self._layers, outputs=range(len(tokens))
         )
+
+    def _features(self, count: int) -> NDArray[np.float32]:
+        assert self._forward is not None
+        return self._forward.chosen(count)
 
     def _keep(self, rows: list[int]) -> None:
         """Nothing: see `settle`."""

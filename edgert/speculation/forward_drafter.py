@@ -11,6 +11,7 @@ from edgert.kernels.exp_sum import exp_sum
 from edgert.sampling import largest
 from edgert.speculation.costs import RowCost
 from edgert.speculation.drafter import Prices
+from edgert.speculation.online import HeadCorrection
 from edgert.speculation.tree import Guess, TokenTree
 from edgert.speculation.trust import Trust
 
@@ -31,7 +32,7 @@ class ForwardDrafter:
     to the verification. What a subclass says is how rows are computed: `_run_root` and `_run_rows`.
     """
 
-    def __init__(self, name: str, vocab: int) -> None:
+    def __init__(self, name: str, vocab: int, correction: HeadCorrection | None = None) -> None:
         self.name = name
         self.trust, self.cost = Trust(), RowCost()
         self.runs = 0  # forwards so far
@@ -42,6 +43,9 @@ class ForwardDrafter:
         self._rows: dict[int, int] = {}  # node: its row in the draft's own tree
         self._count = 0  # rows of that tree
         self._open: list[int] = []  # nodes that can be expanded
+        self._correction = correction
+        # Where it learns, of each node it guessed after: features [D + 1], and (token, probability).
+        self._guessed: dict[int, tuple[NDArray[np.float32], list[tuple[int, float]]]] = {}
         self._depth = 0  # the deepest level that may be used
 
     def begin(self, sequence: TokenSequence) -> None:
@@ -55,7 +59,7 @@ class ForwardDrafter:
         self._depth, late = prices.depth, 0.0
         if not self._rooted:
             late = self._catch_up(sequence)
-            self._guess(tree, 0, self._run_root(sequence))
+            self._guess_after(tree, [0], self._run_root(sequence)[None])
             self._rooted = True
         while batch := self._batch(tree, prices):
             self._expand(tree, batch)
@@ -68,10 +72,11 @@ class ForwardDrafter:
             self._expand(tree, batch)
         return bool(batch)
 
-    def settle(self, tree: TokenTree, path: list[int], places: dict[int, int]) -> None:
+    def settle(self, tree: TokenTree, path: list[int], last: int, places: dict[int, int]) -> None:
         """Keep the rows of what was taken; below it, the draft's tree goes on where it can."""
         if not self._rooted:
             return
+        self._learn(tree, path, last)
         kept = 0
         while kept < len(path) and path[kept] in self._rows:
             kept += 1
@@ -90,12 +95,14 @@ class ForwardDrafter:
         }
         self._count -= shift
         self._open = [places[node] for node in self._open if node in places]
+        self._guessed = {places[node]: said for node, said in self._guessed.items() if node in places}
 
     def close(self) -> None:
         """Nothing is held."""
 
     def _forget(self) -> None:
         self._rooted, self._rows, self._count, self._open = False, {}, 0, []
+        self._guessed = {}
 
     def _best(self, tree: TokenTree) -> list[int]:
         """The nodes to expand next, most probable first."""
@@ -124,13 +131,25 @@ class ForwardDrafter:
         for index, node in enumerate(nodes):
             self._rows[node] = self._count + index
             self._open.remove(node)
-            self._guess(tree, node, logits[index])
+        self._guess_after(tree, nodes, logits)
         self._count += len(nodes)
         self.runs += 1
         self.cost.observe(len(nodes), time.perf_counter() - began)
 
-    def _guess(self, tree: TokenTree, node: int, logits: NDArray[np.float32]) -> None:
-        """Add the most probable tokens after a node."""
+    def _guess_after(self, tree: TokenTree, nodes: list[int], logits: NDArray[np.float32]) -> None:
+        """Guess after every one of these nodes, given their logits [T, V]."""
+        if self._correction is None:
+            for index, node in enumerate(nodes):
+                self._guess(tree, node, logits[index])
+            return
+        features = self._correction.features(self._features(len(nodes)))
+        logits = self._correction.apply(logits, features)
+        for index, node in enumerate(nodes):
+            self._guessed[node] = features[index], self._guess(tree, node, logits[index])
+
+    def _guess(self, tree: TokenTree, node: int, logits: NDArray[np.float32]) -> list[tuple[int, float]]:
+        """Add the most probable tokens after a node; gives them, with their probabilities."""
+        guesses = []
         ids = largest(logits[: self._vocab], BRANCHES)
         peak = logits[ids[0]]
         scaled: NDArray[Any] = logits
@@ -142,12 +161,22 @@ class ForwardDrafter:
             stated = float(np.exp(scaled[token] - peak)) / total
             if place and stated < LEAST_STATED:
                 break
+            guesses.append((token, stated))
             guess = Guess(self.name, stated, self.trust)
             if place == 0:
                 self._hit += 0.02 * (guess.probability - self._hit)
             child = tree.add(node, token, guess)
             if child not in self._rows and child not in self._open:
                 self._open.append(child)
+        return guesses
+
+    def _learn(self, tree: TokenTree, path: list[int], last: int) -> None:
+        """Correct the head by what the target chose after the nodes it passed."""
+        if self._correction is None:
+            return
+        for node, token in zip((0, *path), (*(tree.tokens[node] for node in path), last), strict=True):
+            if node in self._guessed:
+                self._correction.learn(*self._guessed[node], token)
 
     def _room(self) -> int:
         """How many more rows the draft can hold."""
@@ -163,6 +192,10 @@ class ForwardDrafter:
 
     def _run_rows(self, tokens: list[int], parents: list[int], behind: int) -> NDArray[np.float32]:
         """Logits [T, V] after rows of the draft's tree; parent -1 is the root."""
+        raise NotImplementedError
+
+    def _features(self, count: int) -> NDArray[np.float32]:
+        """What the logits of the last `count` rows were made of [T, D]: a view."""
         raise NotImplementedError
 
     def _keep(self, rows: list[int]) -> None:

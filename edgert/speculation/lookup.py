@@ -65,7 +65,7 @@ class LookupDrafter:
         """A look takes no time worth waiting for: all was done before."""
         return False
 
-    def settle(self, tree: TokenTree, path: list[int], places: dict[int, int]) -> None:
+    def settle(self, tree: TokenTree, path: list[int], last: int, places: dict[int, int]) -> None:
         """What was taken is learned when the next tree is grown."""
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from edgert.decoding import TokenSequence, common_prefix
 from edgert.model.forward import Forward
 from edgert.speculation.forward_drafter import ForwardDrafter
+from edgert.speculation.online import HeadCorrection
 
 SHORT_MEMORY = 64
 """Tokens a draft begins with after a pause longer than that: enough to guess from, and cheap to compute.
@@ -18,11 +19,18 @@ _AT_ONCE = 4
 """Missing tokens that are computed in one forward with the newest: one or two after most steps."""
 
 
+def _nothing() -> None:
+    """What is released where the draft's weights belong to someone else."""
+
+
 class ModelDrafter(ForwardDrafter):
     """Its cache holds the sequence's tokens from `_start` on, as far as they were accepted or prompted."""
 
-    def __init__(self, forward: Forward, vocab: int, release: Callable[[], None] = lambda: None) -> None:
-        super().__init__("model", min(vocab, forward.spec.vocab))
+    def __init__(
+        self, forward: Forward, vocab: int, *, learn: bool = False, release: Callable[[], None] = _nothing
+    ) -> None:
+        correction = HeadCorrection(forward.spec.width) if learn else None
+        super().__init__("model", min(vocab, forward.spec.vocab), correction)
         self._forward = forward
         self._release = release  # of the draft's file, once its threads have ended
         self._held: Sequence[int] = []  # the tokens whose keys and values it has, and what follows
@@ -72,6 +80,9 @@ class ModelDrafter(ForwardDrafter):
 
     def _run_rows(self, tokens: list[int], parents: list[int], behind: int) -> NDArray[np.float32]:
         return self._forward.run(tokens, parents=parents, behind=behind, outputs=range(len(tokens)))
+
+    def _features(self, count: int) -> NDArray[np.float32]:
+        return self._forward.chosen(count)
 
     def _keep(self, rows: list[int]) -> None:
         self._forward.keep(rows)

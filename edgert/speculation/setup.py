@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgert.config import EngineConfig, KvType
+from edgert.config import EngineConfig, KvType, ModelSpec
 from edgert.errors import ModelFileError, OptionError
 from edgert.format import ErtFile
 from edgert.model.forward import Forward
@@ -33,6 +33,7 @@ class Drafting:
 
     names: list[str]  # "lookup", "exit", or "model"
     tree: int  # most nodes
+    learn: bool = False  # whether heads are corrected by what is accepted
     store: Path | None = None  # where lookups are kept between runs
     file: ErtFile | None = None  # the draft model
     config: EngineConfig | None = None  # and how it is run
@@ -44,12 +45,12 @@ class Drafting:
             return 0
         return self.file.size + run_bytes(self.file.spec, self.config)
 
-    def decoder(self, vocab: int, always: bool = False) -> Speculation:
-        """The decoder; it owns what was opened. always: guess whether it pays or not."""
+    def decoder(self, spec: ModelSpec, always: bool = False) -> Speculation:
+        """The decoder for a target; it owns what was opened. always: guess whether it pays or not."""
         makers: dict[str, Callable[[], Drafter]] = {
-            "lookup": lambda: _KeptLookup(self.store, vocab) if self.store else LookupDrafter(),
-            "exit": lambda: ExitDrafter(vocab),
-            "model": lambda: self._model(vocab),
+            "lookup": lambda: _KeptLookup(self.store, spec.vocab) if self.store else LookupDrafter(),
+            "exit": lambda: ExitDrafter(spec, self.learn),
+            "model": lambda: self._model(spec.vocab),
         }
         controller = Steady(self.names, self.tree) if always else Controller(self.names, self.tree)
         return Speculation([makers[name]() for name in self.names], controller)
@@ -61,7 +62,8 @@ class Drafting:
 
     def _model(self, vocab: int) -> Drafter:
         assert self.file is not None and self.config is not None
-        return ModelDrafter(Forward(Weights.of_file(self.file), self.config), vocab, self.file.close)
+        forward = Forward(Weights.of_file(self.file), self.config)
+        return ModelDrafter(forward, vocab, learn=self.learn, release=self.file.close)
 
 
 class _KeptLookup(LookupDrafter):
@@ -82,6 +84,7 @@ def drafting(
     *,
     tree: int | None = None,
     store: Draft | None = None,
+    learn: bool = False,
     threads: int | None = None,
     context: int | None = None,
     kv: KvType = "f16",
@@ -120,7 +123,10 @@ def drafting(
     if store is not None and "lookup" not in names:
         raise OptionError("a draft store keeps what lookup sees; draft with lookup, or give no store")
     # The model guesses last: where a lookup has guessed the same, its own time is saved.
-    made = Drafting(list(dict.fromkeys(names)), tree or DEFAULT_TREE, Path(store) if store else None)
+    if learn and not (files or "exit" in names):
+        raise OptionError("a lookup learns anyway; draft_learn belongs to a draft model or to exits")
+    kept = None if store is None else Path(store)
+    made = Drafting(list(dict.fromkeys(names)), tree or DEFAULT_TREE, learn, kept)
     if files:
         made.file = _open_draft(files[0], target)
         made.config = _config(made.file, threads, context, kv)
