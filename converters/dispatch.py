@@ -6,11 +6,12 @@ from typing import Final
 
 from edgert.config import Quant, QuantSpec
 from edgert.converters.gguf.convert import convert_gguf
+from edgert.converters.gguf.reader import MAGIC
 from edgert.converters.hf import convert_hf
 from edgert.converters.report import ConversionReport, Progress
 from edgert.errors import ConversionError, NotAModelError, OptionError, UnsupportedError
 
-SUPPORTED: Final = "a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a .gguf file"
+SUPPORTED: Final = "a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a GGUF file"
 
 
 def convert(
@@ -34,7 +35,7 @@ def convert(
     source, out = Path(source), Path(out)
     if not os.path.lexists(source):
         raise NotAModelError(f"{source}: found no such file or folder, expected {SUPPORTED}; check the path")
-    is_gguf = source.suffix.lower() == ".gguf" and source.is_file()
+    is_gguf = source.is_file() and _is_gguf(source)
     if not source.is_dir() and not is_gguf:
         raise _not_a_model(source)
     if not out.parent.is_dir():
@@ -44,6 +45,17 @@ def convert(
             raise OptionError(f"exits is {exits}; expected none for a GGUF file, convert the model's folder")
         return convert_gguf(source, out, quant, progress=progress)
     return convert_hf(source, out, quant or "q4", exits=exits, progress=progress)
+
+
+def _is_gguf(source: Path) -> bool:
+    """By name, or by its first bytes: Ollama stores models under their checksums."""
+    try:
+        with source.open("rb") as file:
+            return source.suffix.lower() == ".gguf" or file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise ConversionError(
+            f"{source}: cannot be read ({error.strerror}); check the file and its rights"
+        ) from None
 
 
 def _not_a_model(source: Path) -> Exception:

@@ -17,6 +17,7 @@ from edgert.converters.pipeline import ROPE, quant_spec, quants_of, write_model
 from edgert.converters.provenance import provenance
 from edgert.converters.report import ConversionReport, Progress
 from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor, open_folder
+from edgert.converters.sentencepiece import MODEL, tokenizer_of
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
 from edgert.format.exits import EXITS_KEY
 from edgert.format.tensors import iter_declared, matrices_in
@@ -174,6 +175,9 @@ def _config(folder: Path, name: str) -> HfConfig:
 def _tokenizer_json(folder: Path) -> bytes:
     path = folder / "tokenizer.json"
     if not path.is_file():
+        if (folder / MODEL).is_file():
+            config, added = (_config(folder, name) for name in ("tokenizer_config.json", "added_tokens.json"))
+            return tokenizer_of(folder / MODEL, config, added)
         raise ConversionError(
             f"{folder}: found no tokenizer.json, expected one; download it, or write it with "
             "transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"

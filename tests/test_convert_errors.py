@@ -248,6 +248,7 @@ def test_a_folder_that_cannot_be_converted_says_so_in_one_line(
     [
         ("nothing", NotAModelError, "found no such file or folder"),
         ("model.gguf", ConversionError, "found 4 bytes, expected 8 or more"),
+        ("sha256-of-some-model", ConversionError, "found 4 bytes, expected 8 or more"),
         ("model.onnx", UnsupportedError, "found an ONNX model"),
         ("model.safetensors", NotAModelError, "pass the folder that holds it"),
         ("notes.txt", NotAModelError, "found a file, expected a Hugging Face folder"),
@@ -257,7 +258,8 @@ def test_a_source_of_another_kind_is_refused(
     name: str, kind: type[EdgertError], message: str, tmp_path: Path
 ) -> None:
     if name != "nothing":
-        (tmp_path / name).write_bytes(b"GGUF")
+        content = b"GGUF" if name in ("model.gguf", "sha256-of-some-model") else b"text"
+        (tmp_path / name).write_bytes(content)
     with pytest.raises(kind, match=message):
         convert(tmp_path / name, tmp_path / "m.ert")
 

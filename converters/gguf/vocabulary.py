@@ -4,11 +4,7 @@ Two kinds are read: "gpt2", byte-level BPE with its merges, and "llama", the pie
 SentencePiece model, whose merges follow from the scores.
 """
 
-import json
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Final
 
 import numpy as np
@@ -16,13 +12,16 @@ import numpy as np
 from edgert.converters.gguf.pretokenizers import PRE_TOKENIZERS
 from edgert.converters.gguf.reader import GgufFile
 from edgert.converters.hf_config import HfConfig, shown
-from edgert.errors import ConversionError, FormatError, UnsupportedError
-from edgert.tokenizer import Tokenizer
-
-SPACE: Final = "\N{LOWER ONE EIGHTH BLOCK}"
-# SentencePiece makes pieces of 16 characters; runs of spaces get to 128. Every place to cut a piece
-# is tried, so without a limit a hostile one would take time quadratic in its length.
-MAX_PIECE: Final = 256
+from edgert.converters.tokenizer_json import (
+    Description,
+    Kind,
+    added_tokens,
+    check_unique,
+    encoded,
+    sentence_piece,
+    template,
+)
+from edgert.errors import ConversionError, UnsupportedError
 
 # Tokens that end a text whatever the file calls them: a file names one, chat models have several.
 ENDINGS: Final = frozenset(
@@ -38,17 +37,6 @@ ENDINGS: Final = frozenset(
         "<|im_end|>",
     }
 )
-
-
-class Kind(IntEnum):
-    """`tokenizer.ggml.token_type`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +70,12 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
             f"{file.path}: found tokenizer.ggml.model {shown(model)}, expected gpt2 or llama; "
             "convert the Hugging Face folder of this model"
         )
-    description["added_tokens"] = list(_added(tokens, kinds, special))
-    description["post_processor"] = _template(keys, tokens, named, model)
+    description["added_tokens"] = list(added_tokens(tokens, kinds, special))
+    description["post_processor"] = template(tokens, *_around(keys, named, model))
     endings = [i for i, token in enumerate(tokens) if token in ENDINGS and kinds[i] == Kind.CONTROL]
     ends = [i for i in (named["eos"], named["eot"], named["eom"], *endings) if i is not None]
     return Vocabulary(
-        tokenizer_json=_checked(description, tokens, file),
+        tokenizer_json=encoded(description, keys.where),
         eos_ids=tuple(dict.fromkeys(ends)),
         bos_token=None if named["bos"] is None else tokens[named["bos"]],
         eos_token=None if named["eos"] is None else tokens[named["eos"]],
@@ -102,12 +90,7 @@ def _tokens(keys: HfConfig) -> list[str]:
             "convert a file that holds a whole model"
         )
     named = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]  # as llama.cpp calls them
-    twice, times = Counter(named).most_common(1)[0]
-    if times > 1:
-        raise ConversionError(
-            f"{keys.where}: found token {shown(twice)} {times} times, expected it once; "
-            "download the file again"
-        )
+    check_unique(named, keys.where)
     return named
 
 
@@ -138,15 +121,6 @@ def _id(keys: HfConfig, name: str, count: int) -> int | None:
     return value
 
 
-def _added(tokens: list[str], kinds: list[int], special: set[int]) -> Iterator[dict[str, Any]]:
-    """Tokens found in a text as they are spelled, before anything else is done with it."""
-    for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-        control = kind in (Kind.CONTROL, Kind.UNKNOWN) or i in special
-        if control or kind == Kind.USER_DEFINED:
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            yield {"id": i, "content": token, **flags, "special": control}
-
-
 def _vocab(tokens: list[str], kinds: list[int]) -> dict[str, int]:
     """Ids by token, without those that llama.cpp's converter made up to fill the vocabulary."""
     return {
@@ -156,7 +130,7 @@ def _vocab(tokens: list[str], kinds: list[int]) -> dict[str, int]:
     }
 
 
-def _byte_level(keys: HfConfig, tokens: list[str], kinds: list[int]) -> dict[str, Any]:
+def _byte_level(keys: HfConfig, tokens: list[str], kinds: list[int]) -> Description:
     """GPT-2's kind: a text's bytes as characters, merged in the order of a list."""
     name = keys.text("tokenizer.ggml.pre", "")
     rule = PRE_TOKENIZERS.get(name)
@@ -188,99 +162,16 @@ def _byte_level(keys: HfConfig, tokens: list[str], kinds: list[int]) -> dict[str
     }
 
 
-def _sentence_piece(keys: HfConfig, tokens: list[str], kinds: list[int]) -> dict[str, Any]:
-    """SentencePiece's BPE: the neighbours that make the piece of highest score are joined first."""
-    vocab = _vocab(tokens, kinds)
+def _sentence_piece(keys: HfConfig, tokens: list[str], kinds: list[int]) -> Description:
+    """Llama 2's kind: the pieces of a SentencePiece model and their scores."""
     scores = _numbers(keys, "scores", len(tokens))
-    pieces = [i for token, i in vocab.items() if kinds[i] in (Kind.NORMAL, Kind.UNUSED)]
-    longest = max((len(tokens[i]) for i in pieces), default=0)
-    if longest > MAX_PIECE:
-        raise ConversionError(
-            f"{keys.where}: found a piece of {longest} characters, expected at most {MAX_PIECE}; "
-            "download the file again"
-        )
-    # Of pieces with one score SentencePiece takes the leftmost in the text, which a fixed order of
-    # merges cannot say; trained models have no two.
-    ranked = sorted(pieces, key=lambda i: -scores[i])
-    merges = [pair for i in ranked for pair in _halves(tokens[i], vocab)]
-    has_prefix = keys.flag("tokenizer.ggml.add_space_prefix", True)
-    prefix = [{"type": "Prepend", "prepend": SPACE}] if has_prefix else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_prefix else []
-    unknown = next((tokens[i] for i, kind in enumerate(kinds) if kind == Kind.UNKNOWN), None)
-    return {
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [*prefix, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}],
-        },
-        "pre_tokenizer": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *strip,
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "unk_token": unknown,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocab,
-            "merges": merges,
-        },
-    }
+    prefix = keys.flag("tokenizer.ggml.add_space_prefix", True)
+    return sentence_piece(_vocab(tokens, kinds), kinds, scores, keys.where, prefix=prefix)
 
 
-def _halves(piece: str, vocab: dict[str, int]) -> list[list[str]]:
-    """The ways to make a piece of two others; any of them joins at the piece's own rank."""
-    cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-    return [[left, right] for left, right in cuts if left in vocab and right in vocab]
-
-
-def _template(
-    keys: HfConfig, tokens: list[str], named: dict[str, int | None], model: str
-) -> dict[str, Any] | None:
-    """What stands before and behind every text: BOS and EOS, where the file wants them."""
+def _around(keys: HfConfig, named: dict[str, int | None], model: str) -> tuple[int | None, int | None]:
+    """The ids of BOS and EOS where the file wants them with every text."""
     adds_bos = model == "llama" or PRE_TOKENIZERS[keys.text("tokenizer.ggml.pre")].adds_bos
-    wanted = {
-        "bos": keys.flag("tokenizer.ggml.add_bos_token", adds_bos),
-        "eos": keys.flag("tokenizer.ggml.add_eos_token", False),
-    }
-    ids = {name: i for name, i in named.items() if wanted.get(name) and i is not None}
-    if not ids:
-        return None
-
-    def part(name: str) -> list[dict[str, Any]]:
-        return [{"SpecialToken": {"id": tokens[ids[name]], "type_id": 0}}] if name in ids else []
-
-    def text(name: str) -> list[dict[str, Any]]:
-        return [*part("bos"), {"Sequence": {"id": name, "type_id": 0}}, *part("eos")]
-
-    special = {tokens[i]: {"id": tokens[i], "ids": [i], "tokens": [tokens[i]]} for i in ids.values()}
-    return {
-        "type": "TemplateProcessing",
-        "single": text("A"),
-        "pair": [*text("A"), *text("B")],
-        "special_tokens": special,
-    }
-
-
-def _checked(description: dict[str, Any], tokens: list[str], file: GgufFile) -> bytes:
-    """As bytes; ConversionError if it is no tokenizer, or gives tokens other ids than the file."""
-    data = json.dumps({"version": "1.0", **description}, ensure_ascii=False).encode()
-    try:
-        made = Tokenizer(data)
-        moved = next((t for t, i in description["model"]["vocab"].items() if made.id_to_token(i) != t), None)
-    except FormatError as error:
-        raise ConversionError(
-            f"{file.path}: found a vocabulary that does not work ({shown(str(error))}), expected one whose "
-            "merges are of its tokens; download the file again"
-        ) from None
-    if moved is not None:
-        raise ConversionError(
-            f"{file.path}: found token {shown(moved)} that gets another id, expected each to keep its own; "
-            "download the file again"
-        )
-    return data
+    bos = keys.flag("tokenizer.ggml.add_bos_token", adds_bos)
+    eos = keys.flag("tokenizer.ggml.add_eos_token", False)
+    return named["bos"] if bos else None, named["eos"] if eos else None
