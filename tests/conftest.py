@@ -34,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def avx2_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kernels compiled for AVX2 by several tests, each of which runs processes for it."""
+    return tmp_path_factory.mktemp("avx2")
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model as a Hugging Face folder: 96 tokens of one character, a context of 64, no BOS."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny-folder"

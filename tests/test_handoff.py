@@ -1,8 +1,12 @@
 """Edge and cloud together: whatever is handed over, and however, the tokens are the whole model's."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,11 @@ from edgert.errors import DeviceError, LinkError, ModelFileError, OptionError
 from edgert.events import TokenEvent
 from edgert.format import ErtFile
 from edgert.handoff.setup import HandoffConfig
+from edgert.kernels import target
 from edgert.model.forward import Forward
 from edgert.state import Weights
 from tests.handoff_models import LAYER, Files, Server, count, random_tokens, serving, write_files
+from tests.test_lowerings import TARGETS
 
 SAMPLED = {"max_tokens": 30, "temperature": 1.3, "top_k": 30, "seed": 5, "repetition_penalty": 1.1}
 
@@ -252,3 +258,34 @@ def test_without_the_packages_the_cloud_is_refused_and_exits_work(
     with pytest.raises(DeviceError, match=r"found no grpc.*pip install 'edgert\[cloud\]'"):
         edgert.load(files.edge, handoff=HandoffConfig(cloud="127.0.0.1:1"))
     assert len(tokens(files.edge, [5, 6], HandoffConfig("local"), max_tokens=3)) == 3
+
+
+# ---- two machines ----------------------------------------------------------------------------
+
+
+@pytest.mark.compiled
+@pytest.mark.slow
+def test_an_edge_and_a_cloud_of_other_instruction_sets_are_the_whole_model(
+    files: Files, avx2_cache: Path
+) -> None:
+    """Two processes: this one with the host's kernels, the cloud half with those of AVX2."""
+    if "avx2" not in TARGETS or target.lowering().name == "avx2":
+        pytest.skip("needs a host that can run AVX2 and has more")
+    code = "from edgert.cli import main; main()"
+    command = [sys.executable, "-c", code, "cloud", str(files.cloud), "--listen", "127.0.0.1:0", "-c", "64"]
+    environment = os.environ | TARGETS["avx2"][1] | {"EDGERT_CACHE_DIR": str(avx2_cache)}
+    prompt = random_tokens("two machines", 20, 80)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.endswith(", avx2\n")
+            there = HandoffConfig(cloud=line.split(" at ")[1].split(",")[0], deadline_s=600)
+            found = tokens(files.edge, prompt, there, **SAMPLED)
+            some = events(files.edge, prompt, replace(there, budget=0.5), **SAMPLED)
+        finally:
+            process.kill()
+    assert found == tokens(files.whole, prompt, **SAMPLED)
+    expected = events(files.whole, prompt, HandoffConfig("local", budget=0.5), **SAMPLED)
+    assert [(e.token, e.logprob) for e in some] == [(e.token, e.logprob) for e in expected]
+    assert {e.source for e in some} == {"exit", "cloud"}

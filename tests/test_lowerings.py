@@ -361,9 +361,9 @@ def test_other_lowerings_compute_the_golden_bits(name: str, processes: dict[str,
 
 @pytest.mark.compiled
 @pytest.mark.slow
-def test_the_whole_program_under_avx2_decodes_the_golden_tokens(tmp_path: Path) -> None:
+def test_the_whole_program_under_avx2_decodes_the_golden_tokens(avx2_cache: Path) -> None:
     needs("avx2")
-    found = in_a_process("avx2", tmp_path, json.dumps(PROGRAM))
+    found = in_a_process("avx2", avx2_cache, json.dumps(PROGRAM))
     assert found["lowering"] == "avx2"
     assert found["digests"] == {part: GOLDEN[part] for part in PROGRAM}
 

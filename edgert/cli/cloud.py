@@ -17,6 +17,7 @@ from edgert.format.rewrite import rewrite
 from edgert.handoff.calibration import as_metadata, calibrate
 from edgert.handoff.rules import RULES, threshold_for_agreement
 from edgert.handoff.setup import check_cloud_installed
+from edgert.kernels import target
 from edgert.model.forward import Forward
 from edgert.planner import parse_size, plan
 from edgert.state import Weights
@@ -82,10 +83,9 @@ def cloud_command(
             held = f"layers {spec.first_layer} to {spec.last_layer} of {spec.layers}"
             address = Address(config.listen.host, port)
             safe = "no TLS" if tls is None else "mutual TLS"
-            print(
-                f"edgert: {file} ({held}) at {address}, {safe}, {places} places of {engine.context}",
-                flush=True,
-            )
+            kernels = target.lowering().name
+            room = f"{places} places of {engine.context}"
+            print(f"edgert: {file} ({held}) at {address}, {safe}, {room}, {kernels}", flush=True)
 
         try:
             asyncio.run(serve(opened, forward, config, ready, counters))
