@@ -4,7 +4,8 @@ import os
 import re
 from pathlib import Path
 
-from edgert.config import KV_TYPES, EngineConfig, KvType, ModelSpec
+from edgert import tiling
+from edgert.config import KV_TYPES, EngineConfig, KvType, ModelSpec, Tiling
 from edgert.errors import MemoryBudgetError, OptionError
 from edgert.kernels import jit
 from edgert.kernels import kv as kv_kernels
@@ -102,6 +103,7 @@ def plan(
         chunk=_positive("chunk", chunk, DEFAULT_CHUNK, 4096),
         kv=kv,
         sequences=sequences,
+        tiling=tiling.kept() or Tiling(),
     )
     budget = parse_size(ram) if isinstance(ram, str) else ram
     if not isinstance(budget, int | None):

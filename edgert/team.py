@@ -48,6 +48,7 @@ class Team:
 
     def __init__(self, threads: int, arrays: tuple[Any, ...], operations: int) -> None:
         self.workers = threads - 1 if JIT else 0
+        self.seconds = 0.0  # spent in compiled code, all runs together
         self._control = np.zeros(team.control_words(self.workers), np.int64)
         self._arguments = (*arrays, self._control, np.zeros(operations, np.int64))
         self._bells = [_Bell() for _ in range(self.workers)]
@@ -60,7 +61,9 @@ class Team:
         """Execute the job that the job array describes, with all workers that are there."""
         if self.workers:
             self._rouse()
+        began = time.perf_counter()
         program.enter(0, self.workers, *self._arguments)
+        self.seconds += time.perf_counter() - began
 
     def close(self) -> None:
         """End the workers; the team is not used again."""

@@ -18,6 +18,7 @@ import os
 import platform
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,13 +64,13 @@ def _default_root() -> Path | None:
         return None
 
 
-def _open_to_others(folder: Path) -> str | None:
-    """Why others could have put files into this folder, or None."""
-    status = folder.stat()
+def open_to_others(path: Path) -> str | None:
+    """Why others could have written this folder or file, or None."""
+    status = path.stat()
     if status.st_uid not in (os.geteuid(), 0):
-        return f"{folder} belongs to user {status.st_uid}, not to you or root"
+        return f"{path} belongs to user {status.st_uid}, not to you or root"
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{folder} can be written by other users; run: chmod go-w {folder}"
+        return f"{path} can be written by other users; run: chmod go-w {path}"
     return None
 
 
@@ -83,7 +84,7 @@ def cache_folder() -> Path | None:
     folder = root / f"jit-{cache_key()}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _refusal = _open_to_others(folder)
+        _refusal = open_to_others(folder)
     except OSError as error:
         _refusal = f"{folder}: {error.strerror}"
     return folder if _refusal is None else None
@@ -144,6 +145,9 @@ def _folder_once() -> Path | None:
         _folder = (cache_folder(),)
         if _folder[0] is None:
             _log.warning("compiled kernels are %s", cache_report())
+        else:
+            with suppress(OSError):  # read-only, and full of what is needed
+                os.utime(_folder[0])  # when it was last used: see `edgert.code_cache.prune`
     return _folder[0]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numba
 import pytest
 
-from edgert.bench import run_tests
+from edgert.bench import run_tests, token_time
 from edgert.config import EngineConfig, ModelSpec
 from edgert.engine import Engine
 from edgert.errors import OptionError
@@ -96,3 +96,26 @@ def test_random_weights_run_the_machine_code_of_a_file(tiny_file: Path) -> None:
     """Else `warmup` and `bench --shape` compile other kernels than a model file needs."""
     with ErtFile.open(tiny_file) as file:
         assert numba.typeof(random_weights(SPEC, "q4").data) == numba.typeof(file.data)
+
+
+def test_forwards_of_some_rows_start_where_they_are_told(
+    engine: Engine, passes: list[tuple[int, int]]
+) -> None:
+    results = list(run_tests(engine, 0, 0, repeats=2, depth=5, rows=(1, 4)))
+    assert [name for name, _, _ in results] == ["fw1@d5", "fw4@d5"]
+    assert all(mean > 0 for _, mean, _ in results)
+    assert passes == [(0, 5)] + 3 * (4 * [(5, 1)] + 4 * [(5, 4)])
+
+
+def test_a_tokens_time_is_divided(engine: Engine) -> None:
+    seconds, outside = token_time(engine, 9)
+    assert seconds > 0
+    assert 0 < outside < 1
+    assert engine.forward.cache.length == 0
+
+
+@pytest.mark.parametrize("rows", ["0", "65", "1,x", "-4", "2.5"])
+def test_rows_that_are_no_numbers_of_rows_are_refused(rows: str, cli: Any) -> None:
+    done = cli("bench", "--shape", "qwen2.5-0.5b", "--rows", rows)
+    assert done.status == 2
+    assert "expected numbers from 1 to 64" in done.err

@@ -373,8 +373,8 @@ def test_doctor_says_what_there_is(cli: Cli) -> None:
     done = cli("doctor")
     assert (done.status, done.err) == (0, "")
     named = [line.split()[0] for line in done.out.splitlines()]
-    assert named[:5] == ["edgert", "libraries", "cpu", "kernels", "cache"]
-    assert set(named[5:]) <= {"problem"}
+    assert named[:6] == ["edgert", "libraries", "cpu", "kernels", "cache", "tiling"]
+    assert set(named[6:]) <= {"problem"}
 
 
 def test_doctor_names_a_cache_that_cannot_be_kept(tmp_path: Path) -> None:
@@ -398,6 +398,6 @@ def test_probe_json_has_a_figure_per_thread(cli: Cli) -> None:
 
 @pytest.mark.compiled
 def test_warmup_says_when_the_kernels_are_ready(cli: Cli) -> None:
-    done = cli("warmup")
+    done = cli("warmup", "--no-search")
     assert (done.status, done.err) == (0, "")
-    assert re.fullmatch(r"kernels ready in \d+\.\d s; cache: .+\n", done.out)
+    assert re.match(r"kernels ready in \d+\.\d s; cache: .+\n", done.out)

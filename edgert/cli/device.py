@@ -5,10 +5,13 @@ import json
 import platform
 import time
 from importlib import metadata
+from pathlib import Path
 
 import click
 
-from edgert.cli.options import size_text
+from edgert import tiling
+from edgert.cli.options import FILE, size_text
+from edgert.config import Tiling
 from edgert.kernels import jit, target
 from edgert.planner import cores
 
@@ -46,6 +49,9 @@ def doctor_command() -> None:
     print(f"cpu         {target.cpu_name()}, {cores()} cores for this process")
     print(f"kernels     {lowering.name} (dot product: {lowering.dot})")
     print(f"cache       {jit.cache_report()}")
+    found = tiling.kept()
+    whence = "the default; `edgert warmup` measures" if found is None else "measured by `edgert warmup`"
+    print(f"tiling      {tiling.described(found or Tiling())} ({whence})")
     for problem in _problems():
         print(f"problem     {problem}")
 
@@ -63,10 +69,36 @@ def _problems() -> list[str]:
 
 
 @click.command("warmup")
-def warmup_command() -> None:
-    """Compile the kernels ahead, so that the first model starts at once."""
-    from edgert.warmup import warm_up
+@click.option("--search/--no-search", default=True, help="Find how this machine's products are best cut.")
+@click.option(
+    "--export", "exported", type=FILE, metavar="FILE", help="Write the result for machines of the same CPU."
+)
+@click.option(
+    "--import",
+    "imported",
+    type=FILE,
+    metavar="FILE",
+    help="Take in such a file first. Machine code is executed: only a file of yours.",
+)
+def warmup_command(search: bool, exported: Path | None, imported: Path | None) -> None:
+    """Compile the kernels ahead, so that the first model starts at once, and tune them to this machine."""
+    from edgert import code_cache, warmup
 
     began = time.perf_counter()
-    warm_up()
+    if imported is not None:
+        print(f"{code_cache.import_from(imported)} files of machine code taken in from {imported}")
+    warmup.warm_up()
     print(f"kernels ready in {time.perf_counter() - began:.1f} s; cache: {jit.cache_report()}")
+    if search and imported is None and jit.JIT:
+        began, found = time.perf_counter(), warmup.search(cores())
+        if found is None:
+            print("tiling not searched: the machine is busy with something else; run `edgert warmup` again")
+        else:
+            tiling.keep(found)
+            print(f"tiling found in {time.perf_counter() - began:.1f} s: {tiling.described(found)}")
+    removed = code_cache.prune()
+    if removed:
+        print(f"{removed} old caches of machine code removed")
+    if exported is not None:
+        code_cache.export_to(exported)
+        print(f"{exported}: for machines of this CPU, with `edgert warmup --import`")

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from edgert.bench import BenchRow, run_tests
+from edgert.bench import BenchRow, run_tests, token_time
 from edgert.bench_draft import draft_rows
+from edgert.cli.generate import peak_rss_bytes
 from edgert.cli.options import FILE, engine_options, size_text
 from edgert.config import QUANTS, Quant
 from edgert.engine import Engine
@@ -21,7 +22,7 @@ from edgert.format import ErtFile
 from edgert.model.shapes import SHAPES, parameters, planned, random_weights, shape
 from edgert.planner import plan, require_memory
 from edgert.runtime import load
-from edgert.state import Weights
+from edgert.state import MAX_OUTPUTS, Weights
 
 
 @click.command("bench")
@@ -35,6 +36,13 @@ from edgert.state import Weights
 )
 @click.option("-n", "--generate", type=int, default=128, show_default=True, help="Generated tokens; 0: none.")
 @click.option("-d", "--depth", type=int, default=0, show_default=True, help="Tokens already in the context.")
+@click.option(
+    "--rows",
+    metavar="N,N,...",
+    default="",
+    help="Also time forwards of so many rows with their logits (fwN).",
+)
+@click.option("--profile", is_flag=True, help="Also say where a token's time and the memory go.")
 @click.option("-r", "--repeats", type=int, default=5, show_default=True, help="Timed runs of each test.")
 @click.option(
     "-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True, help="How to print."
@@ -56,6 +64,8 @@ def bench_command(
     prompt: int | None,
     generate: int,
     depth: int,
+    rows: str,
+    profile: bool,
     repeats: int,
     output: str,
     draft: tuple[str, ...],
@@ -72,8 +82,10 @@ def bench_command(
     if draft:
         if file is None or text_file is None:
             raise UsageError("--draft guesses at real text: give a FILE and a --text to take prompts from")
-        if depth or min(repeats, generate) < 1:
-            raise UsageError("with --draft, -n and -r must be at least 1 and -d is not used")
+        if depth or rows or profile or min(repeats, generate) < 1:
+            raise UsageError(
+                "with --draft, -n and -r must be at least 1, and -d, --rows and --profile are not used"
+            )
         texts = read_documents(text_file, last)
         _show(draft_rows(file, draft, texts, prompt or 32, generate, repeats, tree, always, options), output)
         return
@@ -86,24 +98,49 @@ def bench_command(
         raise UsageError("--quant applies to --shape; a FILE has its own precision")
     if repeats < 1 or min(prompt, generate, depth) < 0:
         raise UsageError("-r must be at least 1, and -p, -n and -d not negative")
-    if not prompt and not generate:
+    counts = _row_counts(rows)
+    if not prompt and not generate and not counts and not profile:
         raise UsageError("-p and -n are both 0: there is nothing to time; give one of them")
-    rows: list[BenchRow] = []
-    wanted = depth + max(prompt, generate)
+    results: list[BenchRow] = []
+    wanted = depth + max(prompt, generate, *counts, _PROFILED + 1 if profile else 0)
     given = options.pop("context")
     with _weights(file, shape_name, quant or "q4") as (name, weights):
         context = min(wanted, weights.spec.context) if given is None else given
         config = plan(weights.spec, weights.size, context=context, **options)
         with closing(Engine(weights, config)) as engine:
-            for test, mean, deviation in run_tests(engine, prompt, generate, repeats, depth):
+            if profile:  # first: the peak of memory is then that of loading and of this
+                print(_profile(engine, weights.size), file=sys.stderr)
+            for test, mean, deviation in run_tests(engine, prompt, generate, repeats, depth, counts):
                 count = parameters(weights.spec)
-                rows.append(BenchRow(name, weights.size, count, config.threads, test, mean, deviation))
-    _show(rows, output)
+                results.append(BenchRow(name, weights.size, count, config.threads, test, mean, deviation))
+    _show(results, output)
 
 
 def _show(found: Iterable[BenchRow], output: str) -> None:
     rows = list(found)
     print(_markdown(rows) if output == "md" else json.dumps([dataclasses.asdict(row) for row in rows]))
+
+
+_PROFILED = 64
+"""Tokens of --profile."""
+
+
+def _row_counts(text: str) -> list[int]:
+    """The numbers of --rows."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if any(not part.isdecimal() or not 1 <= int(part) <= MAX_OUTPUTS for part in parts):
+        raise UsageError(f"--rows is {text!r}; expected numbers from 1 to {MAX_OUTPUTS}, as in 1,2,4,8")
+    return [int(part) for part in parts]
+
+
+def _profile(engine: Engine, weights: int) -> str:
+    seconds, outside = token_time(engine, min(_PROFILED, engine.forward.config.context - 1))
+    peak, cache = peak_rss_bytes(), engine.forward.cache.data.nbytes
+    return (
+        f"a token with greedy sampling takes {seconds * 1e3:.3f} ms, {outside:.2%} of it outside kernels; "
+        f"peak memory {size_text(peak)}: weights {size_text(weights)}, cache {size_text(cache)}, all else "
+        f"{size_text(max(0, peak - weights - cache))}"
+    )
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from pathlib import Path
 DIGITS = 16
 """Of a hash in the table; whole ones are compared."""
 
+MACHINES = ("x86_64", "arm64", "arm64-i8mm")
+
 PAGE = """# The same bits on ARM
 
 `tools/arm64` runs this checkout on an emulated {cpu} and on the x86-64 machine it is started on, and
@@ -34,14 +36,17 @@ of each hash, the same on both machines:
 {table}
 ## Instructions
 
-Multiply instructions in the machine code of the matrix kernels ({smmla}):
+Multiply instructions in the machine code of the matrix kernels; those of an ARM core with i8mm (its
+emulator has every feature, the compiler is told of that one) use `smmla` for two rows and more:
 
-| kernel | x86-64 | arm64 |
-|---|---|---|
+| kernel | x86-64 | arm64 | arm64 with i8mm |
+|---|---|---|---|
 {instructions}
 ## Kernel tests
 
 Compiled on the emulated CPU, compared with their NumPy twins there: {tests}.
+
+The integer products and attention again, compiled for i8mm: {i8mm_tests}.
 
 ## Time
 
@@ -57,9 +62,10 @@ def main() -> int:
         _show_differences(ours[1:], theirs[1:])
         return 1
     print(f"{len(ours) - 1} lines of hashes and tokens: equal")
-    for name in ("x86_64-instructions", "arm64-instructions"):
-        print(*_lines(results / name), sep="\n")
-    print(_tests(results))
+    for machine in MACHINES:
+        print(*_lines(results / f"{machine}-instructions"), sep="\n")
+    for machine in MACHINES[1:]:
+        print(_tests(results, machine))
     print(_times(results))
     if len(sys.argv) > 2:
         Path(sys.argv[2]).write_text(_page(results, ours, theirs), encoding="utf-8")
@@ -78,8 +84,7 @@ def _show_differences(ours: list[str], theirs: list[str]) -> None:
 
 def _page(results: Path, ours: list[str], theirs: list[str]) -> str:
     machines, cpu = _machines(ours[0], theirs[0])
-    counts = [_counts(results / f"{machine}-instructions") for machine in ("x86_64", "arm64")]
-    used = any("smmla" in found for found in counts[1].values())
+    counts = [_counts(results / f"{machine}-instructions") for machine in MACHINES]
     return PAGE.format(
         cpu=cpu,
         date=datetime.datetime.now(datetime.timezone.utc).date(),
@@ -87,9 +92,9 @@ def _page(results: Path, ours: list[str], theirs: list[str]) -> str:
         equal=len(ours) - 1,
         digits=DIGITS,
         table=_table(ours[1:]),
-        smmla="`smmla` among them" if used else "no `smmla`: this CPU has none",
-        instructions="".join(f"| {k} | {counts[0][k]} | {counts[1][k]} |\n" for k in counts[0]),
-        tests=_tests(results),
+        instructions="".join(f"| {k} | {' | '.join(found[k] for found in counts)} |\n" for k in counts[0]),
+        tests=_tests(results, "arm64"),
+        i8mm_tests=_tests(results, "arm64-i8mm"),
         times=_times(results),
     )
 
@@ -137,9 +142,9 @@ def _counts(path: Path) -> dict[str, str]:
     return {name: rest for name, _, rest in (line.partition(" ") for line in _lines(path)[1:])}
 
 
-def _tests(results: Path) -> str:
+def _tests(results: Path, machine: str) -> str:
     """pytest's last line."""
-    return _lines(results / "arm64-kernel-tests")[-1].strip("= ")
+    return _lines(results / f"{machine}-kernel-tests")[-1].strip("= ")
 
 
 def _times(results: Path) -> str:
