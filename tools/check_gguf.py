@@ -1,6 +1,7 @@
 """Compare conversions of GGUF files with llama.cpp: the ids of texts, and logits.
 
     python tools/check_gguf.py tokens --peer PYTHON [--text FILE]   every pre-tokenizer and SentencePiece
+    python tools/check_gguf.py tokens --peer PYTHON FILE.gguf ...   and the vocabularies of files
     python tools/check_gguf.py tokens --peer PYTHON --write         store tests/goldens/gguf_tokens.json
     python tools/check_gguf.py logits --peer PYTHON [MODEL.gguf]    the table of docs/gguf.md
 
@@ -116,8 +117,13 @@ def main() -> None:
 @PEER
 @click.option("--text", type=click.Path(path_type=Path), help="Compare the lines of this file too.")
 @click.option("--write", is_flag=True, help="Store what llama.cpp gives as the goldens of the tests.")
-def tokens(peer: str, text: Path | None, write: bool) -> None:
-    """Ids of texts, for every kind of vocabulary."""
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path, exists=True))
+def tokens(peer: str, text: Path | None, write: bool, files: tuple[Path, ...]) -> None:
+    """Ids of texts, for every kind of vocabulary and those of FILES.
+
+    Beside a file of llama.cpp's own test vocabularies lie texts (.inp) and the ids that the model's
+    tokenizer in transformers gives them (.out); they are compared too.
+    """
     lines = text.read_text(encoding="utf-8", errors="replace").splitlines() if text else []
     texts = TEXTS + lines
     described = {"byte_level": byte_level(), "sentence_piece": sentence_piece()}
@@ -128,17 +134,32 @@ def tokens(peer: str, text: Path | None, write: bool) -> None:
         for pre in (*PRE_TOKENIZERS, "sentence_piece"):
             kind = "sentence_piece" if pre == "sentence_piece" else "byte_level"
             write_vocabulary_file(path, described[kind], pre)
-            expected = llama_cpp.ask(do="tokenize", file=str(path), texts=texts)
-            file = open_gguf(path)
-            ours = Tokenizer(read_vocabulary(file).tokenizer_json)
-            metadata[kind] = tokenizer_keys(file)
-            wrong = [t for t, e in zip(texts, expected, strict=True) if ours.encode(t) != e]
-            ids[pre] = expected[: len(TEXTS)]
-            print(f"{pre:<18} {len(texts) - len(wrong)} of {len(texts)} texts equal", *map(repr, wrong[:5]))
+            metadata[kind] = tokenizer_keys(open_gguf(path))
+            ids[pre] = compare_tokens(pre, path, llama_cpp, texts)[: len(TEXTS)]
+        for path in files:
+            try:
+                compare_tokens(path.name, path, llama_cpp, texts)
+            except edgert.EdgertError as error:
+                print(error)
     if write:
         content = {"texts": TEXTS, "metadata": metadata, "ids": ids}
         lines = json.dumps(content, ensure_ascii=True).replace("], [", "],\n[")
         GOLDENS.write_text(lines + "\n")
+
+
+def compare_tokens(name: str, path: Path, llama_cpp: Oracle, texts: list[str]) -> list[list[int]]:
+    """Print how many texts get the ids of llama.cpp, and of transformers where they are stored."""
+    ours = Tokenizer(read_vocabulary(open_gguf(path)).tokenizer_json)
+    expected: list[list[int]] = llama_cpp.ask(do="tokenize", file=str(path), texts=texts)
+    wrong = [t for t, e in zip(texts, expected, strict=True) if ours.encode(t) != e]
+    print(f"{name:<18} {len(texts) - len(wrong)} of {len(texts)} texts equal", *map(repr, wrong[:5]))
+    inputs, outputs = (path.with_name(path.name + end) for end in (".inp", ".out"))
+    if inputs.is_file():
+        *asked, _end = inputs.read_bytes().decode().split("\n__ggml_vocab_test__\n")
+        ids = [[int(i) for i in line.split()] for line in outputs.read_text().splitlines()]
+        same = sum(ours.encode(t, add_special=False) == e for t, e in zip(asked, ids, strict=True))
+        print(f"{'':<18} {same} of {len(asked)} texts equal to transformers")
+    return expected
 
 
 def tokenizer_keys(file: GgufFile) -> dict[str, Any]:

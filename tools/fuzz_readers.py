@@ -9,6 +9,7 @@ and its libraries take and MEMORY more. What counts as a failure: any other exce
 too), a warning, a crash, a case of more than LIMIT seconds, and a file left behind.
 """
 
+import base64
 import json
 import os
 import random
@@ -23,6 +24,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -143,6 +145,7 @@ DAMAGE: Final = (_flip, _byte, _number, _number, _cut, _remove, _repeat, _insert
 def gguf_samples(folder: Path) -> Iterator[Sample]:
     """Whole and split files, of every vocabulary and several types."""
     kinds = {"llama_gqa_tied": "F16", "qwen2_gqa_tied": "Q8_0", "llama_rope_llama3": "Q4_0"}
+    kinds |= {"mixtral_gqa_tied": "Q4_0", "qwen2_moe_shared": "Q8_0"}
     for name, kind in kinds.items():
         tiny_models.write_folder(folder / name, name)
         for part, make in enumerate((None, byte_level, sentence_piece)):
@@ -194,17 +197,23 @@ def _every_type(path: Path) -> bytes:
 
 def hf_samples(folder: Path) -> Iterator[Sample]:
     """Folders in one and in two shards."""
-    for name in ("llama_rope_llama3", tiny_models.SHARDED, "mistral_window_yarn_factor", "qwen3_mha_biases"):
+    names = ("llama_rope_llama3", tiny_models.SHARDED, "mistral_window_yarn_factor", "granitemoe_tied")
+    for name in (*names, "qwen3_moe_biases_window"):
         tiny_models.write_folder(folder / name, name)
         (folder / name / "tokenizer_config.json").write_text(
             json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "{{ 1 }}"})
         )
         yield {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
+    (folder / name / "tokenizer.json").unlink()
+    stored = json.loads((ROOT / "tests" / "goldens" / "sentencepiece.json").read_text())
+    (folder / name / "tokenizer.model").write_bytes(base64.b64decode(stored["model"]))
+    (folder / name / "added_tokens.json").write_text('{"<end>": 480}')
+    yield {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
 
 
 def ert_samples(folder: Path) -> Iterator[Sample]:
     """Files of every quantisation."""
-    for name, quant in (("llama_gqa_tied", "q4"), ("qwen2_gqa_tied", "q8"), ("qwen3_mha_biases", "f16")):
+    for name, quant in (("llama_gqa_tied", "q4"), ("qwen2_moe_shared", "q8"), ("qwen3_mha_biases", "f16")):
         tiny_models.write_folder(folder / name, name)
         convert(folder / name, folder / f"{name}.ert", quant)
         yield {"m.ert": (folder / f"{name}.ert").read_bytes()}
@@ -247,9 +256,7 @@ def case(samples: list[Sample], number: int, seed: int) -> Sample:
 def run_case(sample: Sample, read: Callable[[Path], None], scratch: Path) -> str:
     """What became of a case: "read", the name of our error, or a line that starts with FAILED."""
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    for name, data in sample.items():
-        (scratch / name).write_bytes(data)
+    _store(sample, scratch)
     try:
         read(scratch)
         outcome = "read"
@@ -318,6 +325,12 @@ def outcomes(
             start += 1
 
 
+def _store(sample: Sample, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in sample.items():
+        (folder / name).write_bytes(data)
+
+
 @click.command()
 @click.argument("reader", type=click.Choice(list(READERS)))
 @click.option("--cases", default=1000, show_default=True, help="How many.")
@@ -325,27 +338,27 @@ def outcomes(
 @click.option("--only", type=int, help="Run this case alone and let its exception through.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Store the files of failures here.")
 def main(reader: str, cases: int, seed: int, only: int | None, keep: Path | None) -> None:
-    """Damage files and count how a reader answers; exit status 1 after a failure."""
+    """Damage files and count how a reader answers; exit status 1 after a failure.
+
+    An interrupt ends the run with the count so far.
+    """
     make, read = READERS[reader]
     with tempfile.TemporaryDirectory() as folder:
         samples = list(make(Path(folder)))
     if only is not None:
         with tempfile.TemporaryDirectory() as folder:
-            for name, data in case(samples, only, seed).items():
-                (Path(folder) / name).write_bytes(data)
+            _store(case(samples, only, seed), Path(folder))
             read(Path(folder))
         return
     counts: Counter[str] = Counter()
-    for number, outcome in outcomes(samples, range(cases), seed, read):
-        failed = outcome.startswith("FAILED")
-        counts["FAILED" if failed else outcome] += 1
-        if failed:
-            print(f"case {number}: {outcome}", flush=True)
-            if keep is not None:
-                place = keep / f"{reader}-{seed}-{number}"
-                place.mkdir(parents=True, exist_ok=True)
-                for name, data in case(samples, number, seed).items():
-                    (place / name).write_bytes(data)
+    with suppress(KeyboardInterrupt):
+        for number, outcome in outcomes(samples, range(cases), seed, read):
+            failed = outcome.startswith("FAILED")
+            counts["FAILED" if failed else outcome] += 1
+            if failed:
+                print(f"case {number}: {outcome}", flush=True)
+                if keep is not None:
+                    _store(case(samples, number, seed), keep / f"{reader}-{seed}-{number}")
     print(f"{reader}: {sum(counts.values()):,} cases of edgert {edgert.__version__}, seed {seed}: ", end="")
     print(", ".join(f"{count:,} {outcome}" for outcome, count in counts.most_common()))
     sys.exit(1 if counts["FAILED"] else 0)
