@@ -142,6 +142,8 @@ class Decoder:
 
     def factor(self, name: str) -> float:
         """What a tensor is multiplied by on its way into the file."""
+        if name.startswith("exits."):  # an exit uses the same output matrix, so its last gain bears the same
+            name = name.rpartition(".")[2]
         factor = self.variant.factors.get(_part(name)[0], 1.0)
         if name == "output_norm" and self.spec.tied_embeddings:  # the output matrix has the embedding's
             factor /= self.factor("token_embedding")
