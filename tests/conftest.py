@@ -5,7 +5,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import pytest
@@ -31,6 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "compiled" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def handoff_files(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model with exits, whole and cut in two: `tests.handoff_models.Files`."""
+    from tests.handoff_models import write_files  # needs the extra `cloud`
+
+    return write_files(tmp_path_factory.mktemp("handoff"))
 
 
 @pytest.fixture(scope="session")

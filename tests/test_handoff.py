@@ -29,8 +29,8 @@ SAMPLED = {"max_tokens": 30, "temperature": 1.3, "top_k": 30, "seed": 5, "repeti
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return write_files(tmp_path_factory.mktemp("handoff"))
+def files(handoff_files: Files) -> Files:
+    return handoff_files
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,8 @@ def test_a_prompt_that_goes_on_is_sent_only_in_its_new_part(files: Files, cloud:
     assert list(second.tokens) == tokens(files.whole, longer, **(SAMPLED | {"max_tokens": 6}))
     assert list(other.tokens) == tokens(files.whole, [*prompt[:20], 5], **(SAMPLED | {"max_tokens": 6}))
     assert second.stats["bytes_up"] < first.stats["bytes_up"] / 2
+    computed = [done.stats["cloud_layer_tokens"] for done in (first, second)]
+    assert computed == [45, 9]  # one layer; of the second only the rows that are new
 
 
 # ---- exits -----------------------------------------------------------------------------------
@@ -117,6 +119,7 @@ def test_exits_over_the_wire_are_those_of_the_whole_model(files: Files, cloud: S
     assert {e.source for e in found} == {"exit", "cloud"}
 
 
+@pytest.mark.compiled
 def test_each_token_is_the_choice_of_whoever_gave_it(files: Files) -> None:
     """Deferred rows leave no trace: every token follows from one pass over the whole text."""
     prompt = random_tokens("deferral", 5, 80)

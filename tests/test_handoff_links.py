@@ -13,7 +13,7 @@ from edgert.handoff.certs import write_certificates
 from edgert.handoff.setup import HandoffConfig
 from edgert.handoff.transport import Certificates
 from tests.handoff_faults import FAULTS, Fault, Plan, Relay
-from tests.handoff_models import Files, Server, random_tokens, serving, write_files
+from tests.handoff_models import Files, Server, random_tokens, serving
 from tests.test_handoff import check_against_one_pass
 
 COUNT = 5
@@ -21,8 +21,8 @@ LENIENT: dict[str, Any] = {"deadline_s": 20.0}  # every fault but silence is ove
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return write_files(tmp_path_factory.mktemp("links"))
+def files(handoff_files: Files) -> Files:
+    return handoff_files
 
 
 @pytest.fixture(scope="module")

@@ -27,14 +27,14 @@ from edgert.handoff.transport import Certificates
 from edgert.handoff.wire import METHOD, NAME
 from edgert.model.forward import Forward
 from edgert.state import Weights
-from tests.handoff_models import LAYER, Files, Server, count, random_tokens, serving, write_files
+from tests.handoff_models import LAYER, Files, Server, count, random_tokens, serving
 
 GREEDY = Sampling(top_p=1.0, repetition_penalty=1.0)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return write_files(tmp_path_factory.mktemp("service"))
+def files(handoff_files: Files) -> Files:
+    return handoff_files
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +409,7 @@ def test_drafts_are_verified_as_plain_decoding_would(files: Files, model: str) -
 # ---- many clients ----------------------------------------------------------------------------
 
 
+@pytest.mark.compiled
 def test_many_edges_at_once_get_what_each_would_alone(files: Files) -> None:
     options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.2, "seed": 3}
     prompts = [random_tokens(("many", n), 5 + n % 9, 80) for n in range(12)]

@@ -91,6 +91,7 @@ class Link:
         self._refused = ""  # for good
         self._error = ""  # the latest
         self._closed = False
+        self._counted = 0  # layer tokens of the session, when last told
         self.bytes_up = self.bytes_down = self.layer_tokens = self.reconnects = 0
         self.wait_s = 0.0
         self._thread = threading.Thread(target=self._keep_open, daemon=True, name="edgert-link")
@@ -351,10 +352,15 @@ class Link:
                 stream.sent, stream.asked = min(stream.sent, message.resend.rows), 0
             elif kind == "answer":
                 choices = [self._choice(token) for token in message.answer.tokens]
-                self.layer_tokens = message.answer.layer_tokens
+                self._count_layers(message.answer.layer_tokens)
                 if choices:
                     self._answers[message.answer.rows] = choices
             self._state.notify_all()
+
+    def _count_layers(self, total: int) -> None:
+        """The cloud counts for as long as it holds the session; what is new belongs to this sequence."""
+        self.layer_tokens += total - self._counted if total >= self._counted else total
+        self._counted = total
 
     def _choice(self, token: Any) -> Choice:
         ids = [token.id, *token.top_ids]

@@ -1,0 +1,260 @@
+#!/usr/bin/env python3
+"""What a hand-off saves and costs: agreement, tokens handed over, bytes, and time over slow links.
+
+    python tools/bench_handoff.py WHOLE.ert --text HELD_OUT.jsonl -o handoff.json --plot handoff.svg
+
+WHOLE.ert has exits and was calibrated (`edgert calibrate`) on text that is not HELD_OUT. It is split at its
+last exit into a scratch folder; the cloud half runs in a process of its own. Prompts are the first tokens
+of the last stories of HELD_OUT. Agreement: of the tokens generated, those that the whole model would have
+chosen after the same text. Saved: of the layers computed, summed over tokens, and of the time of forwards,
+against a cloud that computes everything for one edge at a time.
+"""
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import edgert
+from edgert.converters import split
+from edgert.evaluate import read_documents
+from edgert.format import ErtFile
+from edgert.handoff.setup import HandoffConfig
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from handoff.slow_link import SlowLink
+
+AGREEMENTS = (1.0, 0.999, 0.99, 0.98, 0.95, 0.9)
+WIRES = ("f32", "f16", "int8")
+RTTS_MS = (1, 10, 50)
+MBITS = (1, 10, 100)
+DEADLINE = 120.0  # nothing here is to fall back
+
+
+def main() -> None:
+    """Run what was asked for; print tables, write JSON and a plot."""
+    options = arguments()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(options, Path(scratch))
+        results: dict[str, Any] = {"model": options.file.name, "layers": bench.layers}
+        results["layer"] = bench.layer
+        results["agreement"] = list(bench.agreement())
+        print(markdown(results["agreement"], AGREEMENT_COLUMNS), flush=True)
+        if not options.no_links:
+            results["links"] = list(bench.links())
+            print(markdown(results["links"], LINK_COLUMNS), flush=True)
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.plot:
+        plot(results, options.plot)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--layer", type=int, help="where to split [the last exit]")
+    parser.add_argument("--stories", type=int, default=100)
+    parser.add_argument("--timed", type=int, default=5, help="stories timed on each link")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
+    parser.add_argument("-n", type=int, default=96, help="tokens generated")
+    parser.add_argument("--at", type=float, default=0.99, help="agreement of the timed runs and narrow wires")
+    parser.add_argument("--no-links", action="store_true")
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args()
+
+
+class Bench:
+    """One model, split, and the prompts to run it on."""
+
+    def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
+        self.options = options
+        self.edge, self.cloud = scratch / "edge.ert", scratch / "cloud.ert"
+        with ErtFile.open(options.file) as file:
+            self.layers = file.spec.layers
+            self.layer = options.layer or file.spec.exits[-1]
+        split(options.file, self.layer, self.edge, self.cloud)
+        with edgert.load(options.file, threads=1) as model:
+            texts = read_documents(options.text, options.stories)
+            self.prompts = [model.tokenizer.encode(text)[: options.prompt] for text in texts]
+
+    def agreement(self) -> Iterator[dict[str, Any]]:
+        """One row per wanted agreement, then per narrow wire."""
+        with cloud_process(self.options.file) as whole:
+            config = HandoffConfig("cloud", whole.address, deadline_s=DEADLINE)
+            with edgert.load(self.edge, threads=1, handoff=config) as model:
+                model.generate(self.prompts[0], max_tokens=2)  # compiles
+                alone = whole.seconds()
+                for prompt in self.prompts:
+                    model.generate(prompt, max_tokens=self.options.n)
+            alone = whole.seconds() - alone
+        with cloud_process(self.cloud) as half:
+            for agreement in AGREEMENTS:
+                yield self._agreement_row(half, agreement, "f32", alone)
+            for wire in WIRES[1:]:
+                for agreement in (1.0, self.options.at):
+                    yield self._agreement_row(half, agreement, wire, alone)
+
+    def _agreement_row(self, cloud: "Cloud", agreement: float, wire: Any, alone: float) -> dict[str, Any]:
+        config = HandoffConfig(cloud=cloud.address, agreement=agreement, wire=wire, deadline_s=DEADLINE)
+        tokens = agreed = over = up = down = computed = 0
+        rows = 0
+        runs: list[tuple[list[int], list[int]]] = []
+        with edgert.load(self.edge, threads=1, handoff=config) as model:
+            model.generate(self.prompts[0], max_tokens=2)  # compiles, in the first row
+            began = cloud.seconds()
+            for prompt in self.prompts:
+                done = model.generate(prompt, max_tokens=self.options.n)
+                runs.append((prompt, list(done.tokens)))
+                tokens += len(done.tokens)
+                over += done.stats["handoffs"]
+                up, down = up + done.stats["bytes_up"], down + done.stats["bytes_down"]
+                computed += done.stats["cloud_layer_tokens"]
+                rows += len(prompt) + len(done.tokens)
+        seconds = cloud.seconds() - began
+        with edgert.load(self.options.file, threads=1) as whole:
+            for prompt, generated in runs:
+                if generated:
+                    logits = whole.logits([*prompt, *generated[:-1]])[len(prompt) - 1 :]
+                    agreed += int((logits.argmax(axis=1) == np.array(generated)).sum())
+        return {
+            "wanted": agreement,
+            "wire": wire,
+            "tokens": tokens,
+            "agreed": agreed / tokens,
+            "handed_over": over / tokens,
+            "cloud_layers_saved": 1 - computed / (self.layers * rows),
+            "cloud_time_saved": 1 - seconds / alone,
+            "bytes_up_per_token": up / tokens,
+            "bytes_down_per_token": down / tokens,
+        }
+
+    def links(self) -> Iterator[dict[str, Any]]:
+        """Milliseconds per token on each link: edge alone, cloud alone, and together."""
+        prompts = self.prompts[: self.options.timed]
+        alone = self._time(self.edge, prompts, HandoffConfig("local"))
+        with cloud_process(self.cloud) as half, cloud_process(self.options.file) as whole:
+            for rtt in RTTS_MS:
+                for mbit in MBITS:
+                    row: dict[str, Any] = {"rtt_ms": rtt, "mbit": mbit, "edge_only": alone}
+                    with SlowLink(whole.address, rtt, mbit) as link:
+                        config = HandoffConfig("cloud", link.address, deadline_s=DEADLINE)
+                        row["cloud_only"] = self._time(self.edge, prompts, config)
+                    with SlowLink(half.address, rtt, mbit) as link:
+                        for wire in WIRES:
+                            config = HandoffConfig(
+                                cloud=link.address, agreement=self.options.at, wire=wire, deadline_s=DEADLINE
+                            )
+                            row[f"together_{wire}"] = self._time(self.edge, prompts, config)
+                    yield row
+
+    def _time(self, file: Path, prompts: Sequence[list[int]], config: HandoffConfig) -> float:
+        """Median over the prompts, after one to warm up, of milliseconds per token with its prompt."""
+        times = []
+        with edgert.load(file, threads=1, handoff=config) as model:
+            for prompt in (prompts[0], *prompts):
+                began = time.perf_counter()
+                done = model.generate(prompt, max_tokens=self.options.n)
+                times.append((time.perf_counter() - began) * 1000 / max(1, len(done.tokens)))
+        return statistics.median(times[1:])
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """A running `edgert cloud`."""
+
+    address: str
+    metrics: str
+
+    def seconds(self) -> float:
+        """How long its forwards took so far, in all."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics") as answer:
+            for line in answer.read().decode().splitlines():
+                if line.startswith("edgert_forward_seconds_sum "):
+                    return float(line.split()[1])
+        raise ValueError("the metrics have no edgert_forward_seconds")
+
+
+@contextmanager
+def cloud_process(file: Path) -> Iterator[Cloud]:
+    """`edgert cloud` on free ports of loopback, with one thread."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        metrics = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "edgert", "cloud", str(file), "--listen", "127.0.0.1:0", "-t", "1"]
+    command += ["--metrics", metrics]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield Cloud(process.stdout.readline().split(" at ")[1].split(",")[0], metrics)
+        finally:
+            process.terminate()
+
+
+AGREEMENT_COLUMNS = {
+    "wanted": "{:.3f}",
+    "wire": "{}",
+    "agreed": "{:.2%}",
+    "handed_over": "{:.1%}",
+    "cloud_layers_saved": "{:.1%}",
+    "cloud_time_saved": "{:.1%}",
+    "bytes_up_per_token": "{:.0f}",
+    "bytes_down_per_token": "{:.0f}",
+}
+LINK_COLUMNS = {"rtt_ms": "{}", "mbit": "{}"} | dict.fromkeys(
+    ("edge_only", "cloud_only", *(f"together_{wire}" for wire in WIRES)), "{:.2f}"
+)
+
+
+def markdown(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
+    """A table with the columns' formats."""
+    lines = [" | ".join(name.replace("_", " ") for name in columns), " | ".join("---:" for _ in columns)]
+    lines += [" | ".join(form.format(row[name]) for name, form in columns.items()) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Agreement against tokens handed over, and time against the link."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    rows = [row for row in results["agreement"] if row["wire"] == "f32"]
+    shares = [100 * row["handed_over"] for row in rows]
+    left.plot(shares, [100 * row["agreed"] for row in rows], "o-", label="tokens as the whole model's")
+    left.plot(shares, [100 * row["cloud_layers_saved"] for row in rows], "s--", label="cloud layers saved")
+    left.plot(shares, [100 * row["cloud_time_saved"] for row in rows], "^:", label="cloud time saved")
+    left.set(xlabel="tokens handed over, %", ylabel="%")
+    left.legend()
+    links = results.get("links", [])
+    names = [f"{row['rtt_ms']} ms\n{row['mbit']} Mbit/s" for row in links]
+    for name in ("edge_only", "cloud_only", "together_f32", "together_int8"):
+        right.plot(names, [row[name] for row in links], "o-", label=name.replace("_", " "))
+    right.set(ylabel="ms per token", yscale="log")
+    right.tick_params("x", labelsize=7)
+    if links:
+        right.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
