@@ -6,7 +6,7 @@ _MEMORY = 0.98
 """What one observation leaves of those before it, in the line; about the last fifty count."""
 _LINE_WEIGHT = 2.0
 """Observations of a row count that the line through all of them counts for."""
-_GUESSED_SLOPE = 0.05
+_GUESSED_SLOPE = 0.15
 """Of one row's time: what a further row is taken to cost before any was seen. Optimistic, so that
 trying it settles it."""
 _OUTLIER = 3.0
