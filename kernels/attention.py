@@ -17,7 +17,7 @@ import numpy as np
 
 from edgert.kernels import matmul, simd, tiles
 from edgert.kernels.attention_tiles import HEADS, add_values, block_scores
-from edgert.kernels.elementwise import fma, read_f16, read_f32
+from edgert.kernels.elementwise import read_f16, read_f32
 from edgert.kernels.hadamard import hadamard
 from edgert.kernels.jit import jit, kernel
 from edgert.kernels.kv import F16, KEY_RECORD, Q4, Q8, VALUE_RECORD
@@ -62,45 +62,14 @@ def _scores_q4(heads, kv, region, d, first, last, s, s_at, s_stride, xq, xs, xn,
 
 
 @jit
-def _branch_score(kind, kv, keys, d, q, q_at, slot):
-    """The product of one query with the key in one slot: a lane of a tile, operation for operation."""
-    total = np.float32(0.0)
-    at = slot // 16 * 16 * d + slot % 16
-    for i in range(d):
-        if kind == F16:
-            key = read_f16(kv, keys + (at + i * 16) * 2)
-        else:
-            value = np.int32(kv[keys + at + i * 16])
-            key = np.float32(value - (value >> 7) * 256)  # a byte as signed
-        total = fma(q[q_at + i], key, total)
-    return total
-
-
-@jit
-def _branch_score_q4(kv, keys, d, xq, xs, x_at, slot):
-    """`_branch_score` for q4: a lane of a tile of tiles.py."""
-    total, groups = np.float32(0.0), (d + 31) // 32
-    for g in range(groups):
-        record = keys + (slot // 16 * groups + g) * KEY_RECORD
-        whole = 0
-        for i in range(16):
-            byte = np.int64(kv[record + i // 4 * 64 + slot % 16 * 4 + i % 4])
-            low = (x_at + g) * 32 + i // 4 * 8 + i % 4
-            whole += ((byte & 15) - 8) * np.int64(xq[low]) + ((byte >> 4) - 8) * np.int64(xq[low + 4])
-        scale = read_f16(kv, record + 256 + slot % 16 * 2)
-        total = fma(np.float32(whole), np.float32(scale * xs[x_at + g]), total)
-    return np.float32(0.0) + total
-
-
-@jit
-def _scale_scores(kind, kv, key_scales, scale, begin, direct, s, s_at):
+def _scale_scores(kind, kv, key_scales, scale, begin, end, s, s_at):
     """Scores times the scales of their keys (q8) and the attention's scale."""
     factor = simd.splat(scale)
-    for position in range(begin, direct, 16):
-        score = simd.load_f32(s, s_at + position)
+    for slot in range(begin, end, 16):
+        score = simd.load_f32(s, s_at + slot)
         if kind == Q8:
-            score = simd.mul(score, simd.load_f32(kv, key_scales + position * 4))
-        simd.store_f32(s, s_at + position, simd.mul(score, factor))
+            score = simd.mul(score, simd.load_f32(kv, key_scales + slot * 4))
+        simd.store_f32(s, s_at + slot, simd.mul(score, factor))
 
 
 @jit
@@ -171,26 +140,22 @@ def attention(
     key_scales = values + slabs * slab  # of q8
     value_scales = key_scales + capacity * 4
     begin, direct = first // 16 * 16, min(last, base)
-    blocks = max(0, (direct - begin + 15) // 16)
+    # Scores are of whole blocks of slots, those of other branches among them: a branch takes its own
+    # from there, in place, because its slots ascend and none lies before the position it holds.
+    end = direct if base >= last else path[path_at + last - 1 - base] + 1
+    blocks = max(0, (end - begin + 15) // 16)
     if kind == Q4:
         _rotate_queries(heads, d, q, q_at, s, y_at, xq, xs, xn, x_at)
-        start, end = begin // 16, begin // 16 + blocks
-        _scores_q4(heads, kv, region, d, start, end, s, s_at, capacity, xq, xs, xn, x_at)
+        start = begin // 16
+        _scores_q4(heads, kv, region, d, start, start + blocks, s, s_at, capacity, xq, xs, xn, x_at)
     else:
         keys = region + begin * d * size
         block_scores(kind, heads, kv, keys, blocks, d, q, q_at, s, s_at + begin, capacity)
     for h in range(heads):
         row = s_at + h * capacity
-        _scale_scores(kind, kv, key_scales, scale, begin, direct, s, row)
+        _scale_scores(kind, kv, key_scales, scale, begin, end, s, row)
         for position in range(max(first, base), last):
-            slot = path[path_at + position - base]
-            if kind == Q4:
-                score = _branch_score_q4(kv, region, d, xq, xs, x_at + h * slabs, slot)
-            else:
-                score = _branch_score(kind, kv, region, d, q, q_at + h * d, slot)
-            if kind == Q8:
-                score = score * read_f32(kv, key_scales + slot * 4)
-            s[row + position] = score * np.float32(scale)
+            s[row + position] = s[row + path[path_at + position - base]]
     s[y_at : y_at + heads * wide] = np.float32(0.0)
     # The sums of the probabilities wait behind the outputs until the division.
     sums = y_at + heads * wide

@@ -357,9 +357,12 @@ def outputs_of(case: dict[str, Any]) -> inputs.F32:
 
 
 def untouched(case: dict[str, Any]) -> inputs.F32:
-    """The scratch array without outputs and the sums behind them."""
+    """The scratch array without outputs, the sums behind them, and scores behind the last position."""
     end = case["out_at"] + case["heads"] * (width(case["kind"], case["d"]) + 1)
-    return np.concatenate([case["s"][: case["out_at"]], case["s"][end:]])
+    s, capacity, kept = case["s"].copy(), case["capacity"], -(-case["last"] // 16) * 16
+    for row in range(case["s_at"], case["s_at"] + case["heads"] * capacity, capacity):
+        s[row + kept : row + capacity] = STALE
+    return np.concatenate([s[: case["out_at"]], s[end:]])
 
 
 def _fill(

@@ -448,7 +448,7 @@ def test_bench_compares_generation_with_and_without_a_draft(
     ("options", "message"),
     [
         (["--draft", "lookup"], "--draft guesses at real text: give a FILE and a --text"),
-        (["--draft", "lookup", "--text", "x", "-d", "5"], "-d is not used"),
+        (["--draft", "lookup", "--text", "x", "-d", "5"], "--rows and --profile are not used"),
         (["--tree", "5"], "--tree, --always, --text and --last belong to --draft"),
         (["--always"], "belong to --draft"),
     ],
