@@ -362,27 +362,28 @@ def _past_singles(i, code, job):
 def _execute(
     me, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, routes, rows, paths, job, ctl, tickets
 ):
-    i = job[FIRST]
+    i = until = job[FIRST]  # what lies before `until` this thread does alone, the others wait for it
     while i < job[LAST]:
         c, count = code[i], _count(code[i], job)
         if c[0] == EXPERTS:
             run_experts(c, pool, table, routes, f, xq, xs, xn)
-        units = _units(c, count)
-        unit = 0 if threads == 1 else atomics.fetch_add(tickets, i, 1)
+        units, shared = _units(c, count), threads > 1 and i >= until
+        unit = atomics.fetch_add(tickets, i, 1) if shared else 0
         while unit < units:
             _run_unit(c, reals[i], unit, count, me, w, f, xq, xs, xn, kv, routes, rows, paths, job)
-            unit = unit + 1 if threads == 1 else atomics.fetch_add(tickets, i, 1)
+            unit = atomics.fetch_add(tickets, i, 1) if shared else unit + 1
         i += 1
-        if c[2]:
-            # A single unit that follows (the norm of one row) is done by the last to arrive while the
-            # others wait for it in any case: one barrier instead of two.
+        if i == until:
+            team.let_go(ctl, threads)
+        elif i > until and c[2]:
+            # Single units that follow (the norm of one row) are done by the last to arrive while the others
+            # wait for it in any case: one barrier instead of two.
             then = _past_singles(i, code, job)
-            if team.arrive(ctl, threads):
-                for j in range(i, then):
-                    count = _count(code[j], job)
-                    _run_unit(code[j], reals[j], 0, count, me, w, f, xq, xs, xn, kv, routes, rows, paths, job)
+            if not team.arrive(ctl, threads):
+                i = then
+            elif then == i:
                 team.let_go(ctl, threads)
-            i = then
+            until = then
 
 
 @jit
