@@ -36,6 +36,7 @@ class Files:
     whole: Path
     edge: Path
     cloud: Path
+    small: Path  # another model with the same tokenizer: the same weights, rounded more
 
 
 def write_files(folder: Path, quant: Any = "q8") -> Files:
@@ -61,8 +62,9 @@ def write_files(folder: Path, quant: Any = "q8") -> Files:
         heads[f"exits.{layer}.output_norm"] = tensors["model.norm.weight"].astype(np.float32)
     counts = json.dumps({str(layer): COUNTS for layer in EXITS})
     save_file(heads, source / "exits.safetensors", {"model": fingerprint(norm), "exits": counts})
-    files = Files(folder / "whole.ert", folder / "edge.ert", folder / "cloud.ert")
+    files = Files(*(folder / f"{name}.ert" for name in ("whole", "edge", "cloud", "small")))
     edgert.convert(source, files.whole, quant)
+    edgert.convert(source, files.small, "q4")
     with ErtFile.open(files.whole) as file:
         forward = Forward(Weights.of_file(file), EngineConfig(1, file.spec.context, 64))
         try:

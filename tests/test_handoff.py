@@ -196,6 +196,32 @@ def test_a_cloud_with_all_layers_answers_everything(files: Files, whole_cloud: S
     assert count(whole_cloud, "edgert_questions_total") - asked < 10
 
 
+def test_a_draft_on_the_board_is_verified_by_the_cloud_s_model(files: Files, whole_cloud: Server) -> None:
+    """The draft is another model with the same tokenizer; the text is the cloud's."""
+    prompt = random_tokens("draft", 12, 80)
+    for options in ({"max_tokens": 30}, SAMPLED):
+        expected = events(files.whole, prompt, None, logprobs=2, **options)
+        with edgert.load(
+            files.small, threads=1, handoff=HandoffConfig("draft", whole_cloud.address)
+        ) as model:
+            stream = model.stream(prompt, logprobs=2, **options)
+            found = list(stream)
+            stats = stream.completion().stats
+            longer = [*prompt, *(e.token for e in found[:9]), 5]
+            again = model.generate(longer, **(SAMPLED | {"max_tokens": 5})).tokens
+        assert [(e.token, e.logprob, e.top) for e in found] == [(e.token, e.logprob, e.top) for e in expected]
+        assert list(again) == tokens(files.whole, longer, **(SAMPLED | {"max_tokens": 5}))
+        assert {e.source for e in found} == {"draft", "cloud"}
+        assert 0 < stats["accepted"] < stats["drafted"] and stats["handoffs"] < 30
+
+
+def test_a_draft_without_a_cloud_goes_on_alone_and_says_so(files: Files) -> None:
+    config = HandoffConfig("draft", "127.0.0.1:1", deadline_s=0.1)
+    found = events(files.small, [5, 6, 7], config, max_tokens=6)
+    assert {(e.source, e.fallback) for e in found} == {("model", "link")}
+    assert [e.token for e in found] == tokens(files.small, [5, 6, 7], max_tokens=6)
+
+
 # ---- the wire --------------------------------------------------------------------------------
 
 

@@ -87,6 +87,8 @@ def timing_line(done: Completion, load_s: float | None) -> str:
     steps, over = done.stats.get("accepted_per_step"), done.stats.get("handoffs")
     draft = "" if steps is None else f"{steps:.2f} tokens per verification | "
     exits = "" if over is None else f"{done.stats['exits']} from exits, {over} handed over | "
+    if done.stats.get("fallbacks"):
+        exits += f"{done.stats['fallbacks']} WITHOUT AN ANSWER ({done.stats['link_error']}) | "
     return (
         f"[{loaded}prompt {done.prompt_tokens} tokens, {t.prefill_tok_s:.1f} tok/s | first token "
         f"{t.first_token_s * 1000:.0f} ms | {len(done.tokens)} tokens, {t.decode_tok_s:.1f} tok/s | "

@@ -101,7 +101,7 @@ def handoff_options(function: Command) -> Command:
         ),
         click.option(
             "--mode",
-            type=click.Choice(["local", "collaborative", "cloud"]),
+            type=click.Choice(["local", "collaborative", "draft", "cloud"]),
             help="local sends nothing, ever. [default: collaborative with --cloud]",
         ),
         click.option("--cloud", metavar="HOST:PORT", help="The cloud half (`edgert cloud`)."),

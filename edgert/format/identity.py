@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from edgert.format.reader import ErtFile
-from edgert.format.tensors import declared
+from edgert.format.tensors import TOKENIZER, declared
 
 MODEL_KEY: Final = "model"
 """Metadata of a half: the identity of the whole model it was cut from."""
@@ -26,3 +26,8 @@ def identity(file: ErtFile) -> str:
         tensor = file.tensors[decl.name]
         rows.append(f"{tensor.name} {tensor.quant} {tensor.sha256}")
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def tokenizer_identity(file: ErtFile) -> str:
+    """Names what the file means by a token id: SHA-256 of its tokenizer.json; empty where it has none."""
+    return f"tokenizer {file.tensors[TOKENIZER].sha256}" if TOKENIZER in file.tensors else ""

@@ -137,6 +137,16 @@ class Link:
                 self._chain.append(tokens[index], state)
             self._state.notify_all()
 
+    @property
+    def error(self) -> str:
+        """Why there was no answer the last time; empty where there always was one."""
+        return self._refused or self._error
+
+    @property
+    def rows(self) -> int:
+        """Rows pushed of this sequence."""
+        return len(self._tokens)
+
     def ask(
         self, rows: int, most: int = 1, guesses: Sequence[int] = (), parents: Sequence[int] = ()
     ) -> list[Choice] | Failure:
@@ -194,7 +204,8 @@ class Link:
             self._down = True
             self._end_call()
         if up:
-            return Failure("deadline", f"no answer within {self._config.deadline_s:g} s")
+            self._error = f"{self._config.address}: no answer within {self._config.deadline_s:g} s"
+            return Failure("deadline", self._error)
         return Failure("link", self._error or f"{self._config.address} does not answer")
 
     def _end_call(self) -> None:

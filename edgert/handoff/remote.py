@@ -93,4 +93,5 @@ def link_report(link: Link) -> dict[str, Any]:
         "cloud_layer_tokens": link.layer_tokens,
         "link_wait_s": link.wait_s,
         "reconnects": link.reconnects,
+        "link_error": link.error,
     }

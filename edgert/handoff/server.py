@@ -11,7 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from edgert.errors import LinkError
 from edgert.format import ErtFile
-from edgert.format.identity import identity
+from edgert.format.identity import identity, tokenizer_identity
 from edgert.handoff.metrics import Metrics
 from edgert.handoff.service import Service
 from edgert.handoff.sessions import Limits
@@ -43,7 +43,7 @@ async def serve(
     is taken, OptionError for one that is open to others without certificates.
     """
     check_secure(config.listen, config.certificates)
-    service = Service(forward, identity(file), config.limits, metrics)
+    service = Service(forward, identity(file), tokenizer_identity(file), config.limits, metrics)
     checks = health.aio.HealthServicer()
     server = grpc.aio.server(
         options=[*OPTIONS, ("grpc.max_receive_message_length", config.limits.message_bytes + FRAMING)]

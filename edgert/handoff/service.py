@@ -35,9 +35,12 @@ _MOST_AHEAD: Final = 4096
 class Service:
     """Serves sessions of one model half. Made and used within one event loop."""
 
-    def __init__(self, forward: Forward, model: str, limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self, forward: Forward, model: str, tokenizer: str, limits: Limits, metrics: Metrics
+    ) -> None:
         self.metrics = metrics
-        self._forward, self._model, self._limits = forward, model, limits
+        self._forward, self._limits = forward, limits
+        self._model, self._tokenizer = model, tokenizer
         spec = forward.spec
         self._sessions = Sessions(forward.cache, spec.width, spec.vocab, limits)
         self._batches = Batches(forward, metrics)
@@ -126,7 +129,7 @@ class Service:
         if stream.session is not None or message.WhichOneof("kind") != "hello":
             raise RefusedError("malformed", "expected one hello, as the first message of a stream")
         spec, hello = self._forward.spec, message.hello
-        check_hello(hello, self._model, spec.first_layer, spec.layers)
+        check_hello(hello, self._model, self._tokenizer, spec.first_layer, spec.layers)
         before = self._sessions.find(stream.client, hello.session)
         if before is not None:
             await self._batches.settled(before)

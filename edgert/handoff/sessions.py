@@ -261,11 +261,12 @@ def check_draft(draft: Draft, vocab: int, most: int) -> None:
         raise RefusedError("malformed", f"a draft with tokens or parents out of range: {list(parents)[:8]}")
 
 
-def check_hello(hello: Hello, model: str, first_layer: int, layers: int) -> None:
+def check_hello(hello: Hello, model: str, tokenizer: str, first_layer: int, layers: int) -> None:
     """Raise RefusedError unless a cloud half that holds the layers from `first_layer` on can serve it."""
     if hello.version != VERSION:
         raise RefusedError("mismatch", f"found version {hello.version} of the wire, expected {VERSION}")
-    if hello.model != model:
+    # Who sends tokens alone may have another model, as long as both mean the same by them.
+    if hello.model != model and not (hello.layer == 0 and hello.model == tokenizer != ""):
         raise RefusedError(
             "mismatch",
             f"found an edge of the model {hello.model[:12] or '(none)'}..., expected {model[:12]}...; "

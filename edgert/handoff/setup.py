@@ -9,7 +9,8 @@ from edgert.config import ModelSpec
 from edgert.decoding import Decoder
 from edgert.errors import DeviceError, ModelFileError, OptionError
 from edgert.format import ErtFile, ExitCalibration
-from edgert.format.identity import identity
+from edgert.format.identity import identity, tokenizer_identity
+from edgert.format.tensors import TOKENIZER
 from edgert.handoff.calibration import calibration_of
 from edgert.handoff.decoder import ExitPolicy, HandOff
 from edgert.handoff.rules import RULES, RuleName, threshold_for_agreement, threshold_for_budget
@@ -19,8 +20,8 @@ from edgert.handoff.upper import LocalUpper, Upper
 if TYPE_CHECKING:
     from edgert.handoff.link import Link
 
-Mode = Literal["local", "collaborative", "cloud"]
-MODES: Final[tuple[Mode, ...]] = ("local", "collaborative", "cloud")
+Mode = Literal["local", "collaborative", "draft", "cloud"]
+MODES: Final[tuple[Mode, ...]] = ("local", "collaborative", "draft", "cloud")
 _CLOUD_PACKAGES: Final = ("grpc", "grpc_health", "google.protobuf", "prometheus_client")
 
 
@@ -28,8 +29,9 @@ _CLOUD_PACKAGES: Final = ("grpc", "grpc_health", "google.protobuf", "prometheus_
 class HandoffConfig:
     """How tokens are divided between an exit, the layers behind it, and a cloud half.
 
-    mode: "local" sends nothing, ever; "collaborative" asks the cloud where the exit is not sure; "cloud"
-    leaves everything to a cloud that holds all layers. agreement or budget: a share of tokens, see
+    mode: "local" sends nothing, ever; "collaborative" asks the cloud where the exit is not sure; "draft" lets
+    this model guess what the cloud's larger one would say; "cloud" leaves everything to the cloud. In the
+    last two it holds all layers. agreement or budget: a share of tokens, see
     rules.py; with neither, the exit answers only where nothing else can, so the tokens are exact.
     """
 
@@ -81,6 +83,13 @@ def make_decoder(file: ErtFile, config: HandoffConfig) -> Decoder:
         from edgert.handoff.remote import CloudOnly
 
         return CloudOnly(_link(file, config, 0))
+    if config.mode == "draft":
+        check_cloud_installed()
+        from edgert.handoff.drafted import Drafted
+
+        if spec.part or TOKENIZER not in file.tensors:
+            raise OptionError(f"{file.path}: mode draft needs a whole model with a tokenizer")
+        return Drafted(_link(file, config, 0))
     layer = _layer(spec, config)
     policy = _policy(file, config, layer)
     if policy is None and config.mode == "local":
@@ -104,7 +113,8 @@ def _link(file: ErtFile, config: HandoffConfig, layer: int) -> "Link":
     assert config.cloud is not None
     certificates = None if config.tls is None else Certificates.read(config.tls, config.client)
     link = LinkConfig(Address.parse(config.cloud), certificates, config.wire, config.deadline_s)
-    return Link(link, identity(file), layer, file.spec.width, file.spec.vocab)
+    model = tokenizer_identity(file) if config.mode == "draft" else identity(file)
+    return Link(link, model, layer, file.spec.width, file.spec.vocab)
 
 
 def _layer(spec: ModelSpec, config: HandoffConfig) -> int:
