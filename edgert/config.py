@@ -200,6 +200,7 @@ class EngineConfig:
     kv: KvType = "f16"
     sequences: int = 1  # how many the KV cache holds, each of `context` positions
     tiling: Tiling = Tiling()
+    expert_slots: int = 0  # experts held in memory while the others stay in the file; 0: all, mapped
 
 
 @dataclass(frozen=True, slots=True)

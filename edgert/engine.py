@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from edgert.config import EngineConfig
 from edgert.decoding import Commit, Decoder, Plain, Report, TokenSequence
+from edgert.experts import ExpertStore
 from edgert.model.forward import Forward
 from edgert.sampling import Sampler
 from edgert.state import MAX_OUTPUTS, Weights
@@ -15,8 +16,14 @@ from edgert.state import MAX_OUTPUTS, Weights
 class Engine:
     """Runs one model over one token sequence: the prompt chunk by chunk, then the decoder's steps."""
 
-    def __init__(self, weights: Weights, config: EngineConfig, decoder: Decoder | None = None) -> None:
-        self.forward = Forward(weights, config)
+    def __init__(
+        self,
+        weights: Weights,
+        config: EngineConfig,
+        decoder: Decoder | None = None,
+        store: ExpertStore | None = None,
+    ) -> None:
+        self.forward = Forward(weights, config, store)
         self.sequence = TokenSequence(self.forward)
         self.decoder: Decoder = decoder or Plain()
         self.report: Report = dict  # what the decoder has to say of the sequence in progress

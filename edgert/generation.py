@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from edgert.decoding import Commit
 from edgert.engine import Engine
@@ -68,6 +69,8 @@ class Generation:
         self, engine: Engine, turns: Turns, tokenizer: Tokenizer | None, prompt: list[int], sampler: Sampler
     ) -> None:
         self._engine, self._turns, self._sampler = engine, turns, sampler
+        store = engine.forward.store
+        self._before = store.totals() if store else {}
         self._clock = _Clock()
         self._cached = engine.start(prompt, sampler)
         self._report = engine.report
@@ -114,10 +117,15 @@ class Generation:
             finish_reason=self._reason,
             prompt_tokens=self._prompt_tokens,
             timings=timings,
-            stats=stats | self._report(),
+            stats=stats | self._report() | self._streamed(),
             logprobs=tuple(e.logprob for e in events) if self._sampler.params.logprobs else (),
             top_logprobs=tuple(e.top for e in events) if self._sampler.params.logprobs else (),
         )
+
+    def _streamed(self) -> dict[str, Any]:
+        """What the experts' store did for this generation."""
+        store = self._engine.forward.store
+        return store.report(self._before) if store else {}
 
     def _run(self) -> Iterator[TokenEvent]:
         limit, ends = self._sampler.params.max_tokens, self._engine.forward.spec.eos_ids

@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from edgert import tiling
@@ -90,10 +91,12 @@ def plan(
     chunk: int | None = None,
     sequences: int = 1,
     draft_bytes: int = 0,
+    expert_bytes: tuple[int, ...] = (),
 ) -> EngineConfig:
     """The configuration to run a model with; raises MemoryBudgetError when it cannot fit in `ram`.
 
-    draft_bytes: what a draft model takes beside it.
+    draft_bytes: what a draft model takes beside it. expert_bytes: of each expert in its file, part of
+    weight_bytes; as many as fit are held in memory where all of them do not.
     """
     if kv not in KV_TYPES:
         raise OptionError(f"kv is {kv!r}; expected one of {', '.join(KV_TYPES)}")
@@ -111,17 +114,43 @@ def plan(
     if budget is not None:
         compiling = 0 if jit.is_cached() else COMPILING_BYTES
         cache, buffers = cache_bytes(spec, config), buffer_bytes(spec, config)
-        need = BASE_BYTES + compiling + weight_bytes + cache + buffers + draft_bytes
-        if need > budget:
+        fixed = BASE_BYTES + compiling + cache + buffers + draft_bytes
+        slots = _slots(budget - fixed - weight_bytes, expert_bytes)
+        # Without its experts, and with the fewest slots that serve.
+        least = fixed + weight_bytes
+        if expert_bytes:
+            least += _fewest_slots(spec) * max(expert_bytes) - sum(expert_bytes)
+        if fixed + weight_bytes > budget and slots < _fewest_slots(spec):
             draft = f", the draft {_mib(draft_bytes)}" if draft_bytes else ""
             less = " (after `edgert warmup` less)" if compiling else ""
+            held = f"weights {_mib(weight_bytes)}"
+            if expert_bytes:
+                held = (
+                    f"weights without experts {_mib(weight_bytes - sum(expert_bytes))}, room for "
+                    f"{_fewest_slots(spec)} of {len(expert_bytes)} experts "
+                    f"{_mib(_fewest_slots(spec) * max(expert_bytes))}"
+                )
             raise MemoryBudgetError(
-                f"ram is {_mib(budget)}, but this needs {_mib(need)}: weights {_mib(weight_bytes)}, a cache "
+                f"ram is {_mib(budget)}, but this needs {_mib(least)}: {held}, a cache "
                 f"of {config.context} positions {_mib(cache)}, buffers {_mib(buffers)}{draft}, Python and "
-                f"kernels {_mib(BASE_BYTES + compiling)}{less}; give at least {_mib(need)}, or a smaller "
+                f"kernels {_mib(BASE_BYTES + compiling)}{less}; give at least {_mib(least)}, or a smaller "
                 "context"
             )
+        if fixed + weight_bytes > budget:
+            config = replace(config, expert_slots=slots)
     return config
+
+
+def _fewest_slots(spec: ModelSpec) -> int:
+    """Experts that must fit: those of one token, or two, so that one is read while the other is computed."""
+    return max(2, spec.active_experts)
+
+
+def _slots(room: int, expert_bytes: tuple[int, ...]) -> int:
+    """Experts that fit into memory, of a size for the largest. room: what all weights would leave free."""
+    if not expert_bytes:
+        return 0
+    return max(0, min(len(expert_bytes), (room + sum(expert_bytes)) // max(expert_bytes)))
 
 
 def _positive(name: str, value: int | None, default: int, most: int) -> int:

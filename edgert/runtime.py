@@ -18,7 +18,9 @@ from edgert.decoding import Decoder
 from edgert.engine import Engine
 from edgert.errors import ModelFileError, OptionError, UsageError
 from edgert.events import Completion
+from edgert.experts import Streaming, open_streamed
 from edgert.format import ErtFile
+from edgert.format.layout import page_padded
 from edgert.format.verify import check
 from edgert.generation import Generation, Turns
 from edgert.handoff.setup import HandoffConfig, make_decoder
@@ -43,6 +45,7 @@ def load(
     draft_store: Draft | None = None,
     draft_learn: bool = False,
     handoff: HandoffConfig | None = None,
+    streaming: Streaming | None = None,
 ) -> "Model":
     """Open an .ert file and make it ready to run.
 
@@ -58,6 +61,8 @@ def load(
     is), or several of them. The output is the same; speculation that does not pay is not used. tree:
     most guesses checked at once, 2 to 64. draft_store: a file that keeps what lookup saw between runs.
     draft_learn: correct the draft's head by what the model chooses, as long as it is loaded.
+
+    streaming: how experts are read from the file where `ram` does not hold them all; None for defaults.
 
     Raises ModelFileError for a file that cannot be used (ChecksumError for damaged tensors),
     MemoryBudgetError when it does not fit.
@@ -92,10 +97,11 @@ def load(
         kv=kv,
         chunk=chunk,
         draft_bytes=guesses.nbytes if guesses else 0,
+        expert_bytes=tuple(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert"),
     )
     if handoff is not None:
-        return Model(file, config, make_decoder(file, handoff))
-    return Model(file, config, guesses.decoder(file.spec) if guesses else None)
+        return Model(file, config, make_decoder(file, handoff), streaming)
+    return Model(file, config, guesses.decoder(file.spec) if guesses else None, streaming)
 
 
 class Model:
@@ -105,14 +111,23 @@ class Model:
     computed again.
     """
 
-    def __init__(self, file: ErtFile, config: EngineConfig, decoder: Decoder | None = None) -> None:
+    def __init__(
+        self,
+        file: ErtFile,
+        config: EngineConfig,
+        decoder: Decoder | None = None,
+        streaming: Streaming | None = None,
+    ) -> None:
         self._file = file
         self.spec: ModelSpec = file.spec
         self.config = config
         self.size = file.size  # bytes
         json_bytes = file.tokenizer_json()
         self._tokenizer = None if json_bytes is None else Tokenizer(json_bytes)
-        self._engine = Engine(Weights.of_file(file), config, decoder)
+        weights, store = Weights.of_file(file), None
+        if config.expert_slots:
+            weights, store = open_streamed(file, config.expert_slots, streaming or Streaming())
+        self._engine = Engine(weights, config, decoder, store)
         self._turns = Turns()
 
     @property

@@ -1,6 +1,8 @@
 """Atomic operations on int64 arrays, for the thread team. Indices are elements."""
 
+import os
 import platform
+import time
 from typing import Any
 
 from llvmlite import ir
@@ -88,6 +90,47 @@ def _give_way(typing: Any) -> Any:
     return types.void(), body
 
 
+@intrinsic
+def _ring(typing: Any, descriptor: Any) -> Any:
+    """Write one word to a pipe (write of the C library): wakes whoever reads from it."""
+
+    def body(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
+        i8, i32 = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(_I64, [i32, i8.as_pointer(), _I64])
+        function = cgutils.get_or_insert_function(builder.module, kind, "write")
+        word = cgutils.alloca_once_value(builder, ir.Constant(_I64, 1))
+        pointer = builder.bitcast(word, i8.as_pointer())
+        builder.call(function, [builder.trunc(args[0], i32), pointer, ir.Constant(_I64, 8)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), body
+
+
+@intrinsic
+def _now(typing: Any) -> Any:
+    """CLOCK_MONOTONIC in nanoseconds (clock_gettime of the C library)."""
+
+    def body(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
+        i32, pair = ir.IntType(32), ir.ArrayType(_I64, 2)
+        kind = ir.FunctionType(i32, [i32, pair.as_pointer()])
+        function = cgutils.get_or_insert_function(builder.module, kind, "clock_gettime")
+        spec = cgutils.alloca_once(builder, pair)
+        builder.call(function, [ir.Constant(i32, time.CLOCK_MONOTONIC), spec])
+        found = builder.load(spec)
+        seconds = builder.mul(builder.extract_value(found, 0), ir.Constant(_I64, 10**9))
+        return builder.add(seconds, builder.extract_value(found, 1))
+
+    return types.int64(), body
+
+
+def _plain_ring(descriptor: int) -> None:
+    os.write(descriptor, b"\1")
+
+
+def _plain_give_way() -> None:
+    time.sleep(NAP * 1e-6)
+
+
 def _plain_fetch_add(array: Any, index: int, value: int) -> int:
     array[index] += value
     return int(array[index]) - value
@@ -119,4 +162,6 @@ store = _store if jit.JIT else _plain_store
 exchange_if = _exchange_if if jit.JIT else _plain_exchange_if
 """array[index] = value if it was `expected`; gives whether it was."""
 pause = _pause if jit.JIT else _nothing
-give_way = _give_way if jit.JIT else _nothing
+give_way = _give_way if jit.JIT else _plain_give_way
+ring = _ring if jit.JIT else _plain_ring
+now = _now if jit.JIT else time.monotonic_ns

@@ -8,6 +8,8 @@ of down. No barrier lies between: while one expert waits (for its last unit, or 
 the others are computed. Each output is whole in one unit, so no result depends on the order.
 """
 
+import numpy as np
+
 from edgert.kernels import atomics, matmul
 from edgert.kernels.activation import gate
 from edgert.kernels.jit import jit
@@ -18,9 +20,88 @@ COUNTERS = 4
 _UP, _UP_DONE, _DOWN, _DOWN_DONE = range(COUNTERS)
 
 TABLE = 2
-"""Words per expert of the table: the byte of the pool where it lies, and its precision."""
+"""Words per expert of the table: the byte of the pool where it lies, ABSENT or not, and its precision."""
+ABSENT = -1
+
+# Where experts are streamed, words after those of the experts tell the store (edgert/experts) what is
+# needed. `publish` fills a request of the ring and only then moves NEWEST to it; a place is read only
+# after that. The store takes an expert's place away first and then looks at the newest request: so
+# either it sees that the expert is needed, and puts it back, or who needs it sees that it is gone.
+NEWEST, FAILED, STEP, HITS, MISSES, WAITED, BELL = range(7)
+CONTROL = 8
+"""NEWEST: number of the last request; FAILED: the store gave up; STEP: of the caller, copied to requests;
+HITS, MISSES: experts that were there when asked for, or not; WAITED: nanoseconds the leader had nothing to
+do; BELL: the pipe that wakes the store."""
+RING = 64
+"""Requests kept: the store reads each once for its statistics, and may be late by some layers."""
+LAYER, ROWS, STEP_OF, TIME, COUNT, AHEAD, HEAD = range(7)
+"""Words of a request before its lists: COUNT experts, AHEAD predictions (best first, with repetitions).
+Then three lists of E words: the experts; of each expert of the layer the sum of its routing weights, in
+2**-30; the predictions for the next layer."""
+
+
+@jit
+def request_words(experts):
+    """Words of one request."""
+    return HEAD + 3 * experts
+
+
+@jit
+def publish(
+    rows, layer, experts, active, chosen, weights, stride, busy, ahead, ahead_rows, control, f, routes, table
+):
+    """Tell the store what this layer needs, and what the next may need; wake it where it has work."""
+    number = atomics.load(table, control + NEWEST) + 1
+    at = control + CONTROL + number % RING * request_words(experts)
+    count = routes[busy]
+    table[at + LAYER], table[at + ROWS], table[at + STEP_OF] = layer, rows, table[control + STEP]
+    table[at + TIME], table[at + COUNT] = atomics.now(), count
+    for e in range(experts):
+        table[at + HEAD + experts + e] = 0
+    for i in range(rows * active):
+        weight = f[weights + i // active * stride + i % active]
+        table[at + HEAD + experts + routes[chosen + i]] += np.int64(weight * np.float32(1 << 30))
+    first, misses, unknown = layer * experts * TABLE, 0, 0
+    for i in range(count):
+        expert = routes[busy + 1 + i]
+        table[at + HEAD + i] = expert
+        if atomics.load(table, first + expert * TABLE) < 0:
+            misses += 1
+    known = min(experts, ahead_rows * active) if ahead >= 0 else 0
+    table[at + AHEAD] = known
+    for i in range(known):
+        expert = routes[ahead + i]
+        table[at + HEAD + 2 * experts + i] = expert
+        if atomics.load(table, first + (experts + expert) * TABLE) < 0:
+            unknown += 1
+    table[control + HITS] += count - misses
+    table[control + MISSES] += misses
+    atomics.store(table, control + NEWEST, number)
+    if misses + unknown > 0:
+        atomics.ring(table[control + BELL])
+
+
+@jit
+def newest_request(table, control):
+    """The number of the last request; what it says may be read after this."""
+    return atomics.load(table, control + NEWEST)
+
+
+@jit
+def place(table, word, at):
+    """Say where an expert lies, or that it does not: everything written before is seen before this."""
+    atomics.store(table, word, at)
+
+
+@jit
+def finished(routes, counters, i, units):
+    """Whether the i-th busy expert of the layer is computed, and its weights needed no more."""
+    return atomics.load(routes, counters + i * COUNTERS + _DOWN_DONE) >= units
+
 
 NOTHING, WORKED, EMPTY = 0, 1, 2
+SPINS = 500
+"""Turns without work before a thread naps: some 10 us, where a read takes a hundred times that."""
 
 
 @jit
@@ -125,10 +206,14 @@ def _unit(c, i, pool, table, routes, f, xq, xs, xn):
     kind, x, q, g, u, h = c[9], c[10], c[11], c[12], c[13], c[14]
     starts, busy, counters = c[15], c[16], c[17] + i * COUNTERS
     expert = routes[busy + 1 + i]
-    at = atomics.load(table, word + expert * TABLE)
+    at = atomics.load(table, word + expert * TABLE)  # before the counters: it stays while units are left
     quant = table[word + expert * TABLE + 1]
     entry = routes[starts + expert]
     rows = routes[starts + expert + 1] - entry
+    if atomics.load(routes, counters + _DOWN) >= (outer + unit - 1) // unit:
+        return EMPTY  # before its place is looked at: it may be gone already
+    if at < 0:
+        return NOTHING
     units = (blocks + unit - 1) // unit
     if atomics.load(routes, counters + _UP) < units:
         mine = atomics.fetch_add(routes, counters + _UP, 1)
@@ -143,8 +228,6 @@ def _unit(c, i, pool, table, routes, f, xq, xs, xn):
     if atomics.load(routes, counters + _UP_DONE) < units:
         return NOTHING
     units = (outer + unit - 1) // unit
-    if atomics.load(routes, counters + _DOWN) >= units:
-        return EMPTY
     mine = atomics.fetch_add(routes, counters + _DOWN, 1)
     if mine >= units:
         return EMPTY
@@ -158,10 +241,12 @@ def _unit(c, i, pool, table, routes, f, xq, xs, xn):
 
 
 @jit
-def run_experts(c, pool, table, routes, f, xq, xs, xn):
+def run_experts(me, c, pool, table, routes, f, xq, xs, xn):
     """Take units until none is left to take; every thread of the team calls this, then meets a barrier."""
-    count = routes[c[16]]
+    count, control = routes[c[16]], c[20]
     first = 0  # all before it are empty
+    idle = 0
+    since = np.int64(0)
     while first < count:
         worked = False
         i = first
@@ -174,5 +259,17 @@ def run_experts(c, pool, table, routes, f, xq, xs, xn):
                 i += 1
             else:
                 i += 1
-        if not worked and first < count:
+        if worked or first == count:
+            if idle >= SPINS and me == 0:
+                table[control + WAITED] += atomics.now() - since
+            idle = 0
+            continue
+        if control >= 0 and atomics.load(table, control + FAILED):
+            return
+        idle += 1
+        if idle == SPINS:
+            since = atomics.now()
+        if idle < SPINS or control < 0:
             atomics.pause()
+        else:
+            atomics.give_way()

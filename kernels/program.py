@@ -20,7 +20,7 @@ from edgert.kernels.activation import gate
 from edgert.kernels.attention import MOST_HEADS, attention, width
 from edgert.kernels.elementwise import read_f32
 from edgert.kernels.embedding import embed
-from edgert.kernels.experts import COUNTERS, run_experts
+from edgert.kernels.experts import COUNTERS, publish, run_experts
 from edgert.kernels.jit import jit
 from edgert.kernels.quantize import quantize
 from edgert.kernels.rmsnorm import rmsnorm
@@ -28,11 +28,25 @@ from edgert.kernels.rope import rope_table, rotate
 from edgert.kernels.routing import combine, group, route
 
 COLUMNS = 24
-EMBED, ROPE_TABLE, NORM, MATMUL, HEADS, ATTEND, QUANTIZE, GATE, ROUTE, GROUP, GATHER, EXPERTS, COMBINE = (
-    range(13)
-)
-TOKENS, OUTPUTS, CHOSEN = range(3)
-"""Rows of an operation: all tokens; the wanted ones, gathered from among them; or those gathered before."""
+(
+    EMBED,
+    ROPE_TABLE,
+    NORM,
+    MATMUL,
+    HEADS,
+    ATTEND,
+    QUANTIZE,
+    GATE,
+    ROUTE,
+    GROUP,
+    GATHER,
+    EXPERTS,
+    COMBINE,
+    PUBLISH,
+) = range(14)
+TOKENS, OUTPUTS, CHOSEN, FORESEEN = range(4)
+"""Rows of an operation: all tokens; the wanted ones, gathered from among them; those gathered before; or
+all tokens where the next layer's experts are to be predicted, else none."""
 
 FIELDS = {
     EMBED: ("quant", "w_at", "groups", "y", "y_stride"),
@@ -72,7 +86,10 @@ FIELDS = {
     GATHER: ("active", "places", "x", "groups", "xq", "y", "yq", "floats"),
     EXPERTS: (
         *("table", "groups", "blocks", "inner", "outer", "unit", "kind", "x", "xq", "g", "u", "h"),
-        *("starts", "busy", "counters", "most", "ahead"),
+        *("starts", "busy", "counters", "most", "ahead", "control"),
+    ),
+    PUBLISH: (
+        *("layer", "experts", "active", "chosen", "weights", "weights_stride", "busy", "ahead", "control"),
     ),
     COMBINE: (
         *("x", "x_stride", "width", "y", "y_stride", "places", "active", "weights", "weights_stride"),
@@ -92,6 +109,7 @@ FIELDS = {
     GATE        g[t] = act(g[t]) * u[t]; quantised too where xq >= 0
     ROUTE       the experts of row t and their weights (routing.py)
     GROUP       the entries of every expert; one unit
+    PUBLISH     what the layer needs, to the store of streamed experts; one unit
     GATHER      y[i] = x[t], quantised rows and, where asked, floats, for the entries i of row t
     EXPERTS     the experts of all entries, in place of their x (experts.py); no units
     COMBINE     x[t] += the weighted sum of the entries of row t
@@ -100,9 +118,10 @@ Buffers hold one row per token at their stride. A row is padded with zeros to wh
 """
 
 # The job of one execution.
-FIRST, LAST, ROWS, WANTED = range(4)
+FIRST, LAST, ROWS, WANTED, AHEAD = range(5)
 JOB_WORDS = 8
-"""FIRST, LAST: operations; ROWS: tokens; WANTED: output rows."""
+"""FIRST, LAST: operations; ROWS: tokens; WANTED: output rows; AHEAD: rows for which
+experts are predicted."""
 
 # Rows of the int64 array that describes the tokens of a forward.
 TOKEN, POSITION, SLOT, SEQUENCE, DIRECT, OUTPUT = range(6)
@@ -300,6 +319,8 @@ def _combine(c, t, f, routes):
 @jit
 def _units(c, count):
     op = c[0]
+    if count == 0:
+        return 0
     if op == MATMUL:
         return (c[6] + c[7] - 1) // c[7]
     if op == HEADS:
@@ -308,7 +329,7 @@ def _units(c, count):
         return count * c[6] * _pieces(c[5] // c[6])
     if op == GATE:
         return count * ((c[7] + GATE_GROUPS - 1) // GATE_GROUPS)
-    if op == GROUP:
+    if op == GROUP or op == PUBLISH:
         return 1
     if op == EXPERTS:
         return 0
@@ -316,7 +337,7 @@ def _units(c, count):
 
 
 @jit
-def _run_unit(c, real, unit, count, me, w, f, xq, xs, xn, kv, routes, rows, paths, job):
+def _run_unit(c, real, unit, count, me, w, table, f, xq, xs, xn, kv, routes, rows, paths, job):
     op = c[0]
     if op == MATMUL:
         _matmul(c, unit, count, w, f, xq, xs, xn)
@@ -332,6 +353,8 @@ def _run_unit(c, real, unit, count, me, w, f, xq, xs, xn, kv, routes, rows, path
         _route(c, unit, f, routes)
     elif op == GROUP:
         _group(c, count, routes)
+    elif op == PUBLISH:
+        publish(count, c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], job[AHEAD], c[11], f, routes, table)
     elif op == GATHER:
         _gather(c, unit, f, xq, xs, xn, routes)
     elif op == COMBINE:
@@ -347,7 +370,7 @@ def _run_unit(c, real, unit, count, me, w, f, xq, xs, xn, kv, routes, rows, path
 @jit
 def _count(c, job):
     """Rows of an operation."""
-    return job[ROWS] if c[1] == TOKENS else job[WANTED]
+    return job[ROWS] if c[1] == TOKENS else job[AHEAD] if c[1] == FORESEEN else job[WANTED]
 
 
 @jit
@@ -366,11 +389,11 @@ def _execute(
     while i < job[LAST]:
         c, count = code[i], _count(code[i], job)
         if c[0] == EXPERTS:
-            run_experts(c, pool, table, routes, f, xq, xs, xn)
+            run_experts(me, c, pool, table, routes, f, xq, xs, xn)
         units, shared = _units(c, count), threads > 1 and i >= until
         unit = atomics.fetch_add(tickets, i, 1) if shared else 0
         while unit < units:
-            _run_unit(c, reals[i], unit, count, me, w, f, xq, xs, xn, kv, routes, rows, paths, job)
+            _run_unit(c, reals[i], unit, count, me, w, table, f, xq, xs, xn, kv, routes, rows, paths, job)
             unit = atomics.fetch_add(tickets, i, 1) if shared else unit + 1
         i += 1
         if i == until:

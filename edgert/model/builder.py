@@ -16,11 +16,15 @@ class Builder:
     """Buffers and operations of one model at one engine configuration.
 
     An architecture file calls these methods in the order of computation. T is `config.chunk`.
+    control: where experts are streamed, the word of their table where its control words start.
     """
 
-    def __init__(self, weights: Weights, config: EngineConfig, cache: KvCache) -> None:
+    def __init__(
+        self, weights: Weights, config: EngineConfig, cache: KvCache, control: int | None = None
+    ) -> None:
         spec, rows = weights.spec, config.chunk
         self.spec, self.weights, self.cache, self.config = spec, weights, cache, config
+        self.control = control
         self.layout = layout = Layout()
         self.hidden = layout.rows(rows, spec.width)  # [T, D] the residual stream
         self.normed = layout.rows(rows, spec.width, quantized=True)  # [T, D]
@@ -96,16 +100,21 @@ class Builder:
         name = f"exits.{layer}"
         n = self._norm(f"{name}.norm", self.hidden, self.chosen, program.OUTPUTS)
         self._norm(f"{name}.norm", self.hidden, self.lens, program.OUTPUTS)
-        self.linear(f"{name}.matrix", n, self.lens, add=True, chosen=True)
+        self.linear(f"{name}.matrix", n, self.lens, add=True, rows=program.CHOSEN)
         self._logits_of(self._norm(f"{name}.output_norm", self.lens, self.chosen, program.CHOSEN))
 
     def _logits_of(self, x: Rows) -> None:
         output = "token_embedding" if self.spec.tied_embeddings else "output"
-        self.linear(output, x, self.logits, chosen=True)
+        self.linear(output, x, self.logits, rows=program.CHOSEN)
 
     def joint_norm(self, gain: str, x: Rows, width: int) -> None:
         """RMSNorm of x in place, over all its heads together."""
         self._norm(gain, x, x, program.TOKENS, width)
+
+    def foreseen(self, gain: str, router: str, x: Rows, y: Rows) -> None:
+        """y = a router's logits of hidden as it is now, in the rows for which that is wanted."""
+        self._norm(gain, self.hidden, x, program.FORESEEN)
+        self.linear(router, x, y, rows=program.FORESEEN)
 
     def _norm(self, gain: str, x: Rows, y: Rows, rows: int, width: int = 0) -> Rows:
         self.add(
@@ -124,16 +133,23 @@ class Builder:
         return y
 
     def linear(
-        self, name: str, x: Rows, y: Rows, *, add: bool = False, last: bool = True, chosen: bool = False
+        self,
+        name: str,
+        x: Rows,
+        y: Rows,
+        *,
+        add: bool = False,
+        last: bool = True,
+        rows: int = program.TOKENS,
     ) -> None:
         """y = W x + bias, or y += ...; `last` of those that read x and may run side by side.
 
-        chosen: x and y hold the rows whose logits are wanted, not all of them.
+        rows: what x and y hold, CHOSEN for the rows whose logits are wanted.
         """
         matrix, tiling = self.weights.matrix(name), self.config.tiling
         self.add(
             program.MATMUL,
-            rows=program.CHOSEN if chosen else program.TOKENS,
+            rows=rows,
             barrier=last,
             quant=matrix.quant,
             w_at=matrix.at,

@@ -4,6 +4,7 @@ Decode is one row, prefill chunks of rows, a token tree rows with parents, an ea
 range; keys and values are appended in every case.
 """
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,11 +12,13 @@ from numpy.typing import NDArray
 
 from edgert.config import EngineConfig
 from edgert.errors import UsageError
+from edgert.experts import ExpertStore
 from edgert.kernels import program
 from edgert.kv_cache import KvCache
 from edgert.model import layer_of
 from edgert.model.builder import Builder
 from edgert.model.placing import place
+from edgert.model.routing import MOST_FORESEEN
 from edgert.state import MAX_OUTPUTS, Rows, RunState, Weights
 from edgert.team import Team
 from edgert.waits import Waits
@@ -24,10 +27,10 @@ from edgert.waits import Waits
 class Forward:
     """A model ready to run: weights, cache, buffers, program and threads. Close it after use."""
 
-    def __init__(self, weights: Weights, config: EngineConfig) -> None:
-        self.spec, self.config = weights.spec, config
+    def __init__(self, weights: Weights, config: EngineConfig, store: ExpertStore | None = None) -> None:
+        self.spec, self.config, self.store = weights.spec, config, store
         self.cache = KvCache(self.spec, config)
-        builder = Builder(weights, config, self.cache)
+        builder = Builder(weights, config, self.cache, store.control if store else None)
         write_layer = layer_of(self.spec.architecture)
         builder.rope_table()
         self._embed = builder.position
@@ -54,14 +57,25 @@ class Forward:
         self._job = np.zeros(program.JOB_WORDS, np.int64)
         # Of the last call: its rows, the layer behind which they are, and the cache's lengths.
         self._left: tuple[int, int, tuple[int, ...]] | None = None
-        held = (weights.data, weights.data, weights.expert_table().reshape(-1))
+        pool = store.arena if store else weights.data
+        table = store.table if store else weights.expert_table().reshape(-1)
+        held = (weights.data, pool, table)
         buffers = (state.f, state.xq, state.xs, state.xn, self.cache.data)
         rows = (state.routes, state.rows, state.paths, self._job)
         self.team = Team(config.threads, (code, reals, *held, *buffers, *rows), len(code))
+        # Where a layer's experts are computed: with streamed ones a forward can be cut there.
+        self._cuts = [i for i, row in enumerate(code) if row[0] == program.EXPERTS]
+        if store:
+            r = builder.routing
+            unit = int(code[self._cuts[0], 3 + program.FIELDS[program.EXPERTS].index("unit")])
+            blocks = -(-self.spec.width // 16)
+            store.attach(state.routes, r.counters, -(-blocks // unit))
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and the reading of experts."""
         self.team.close()
+        if self.store:
+            self.store.close()
 
     def run(
         self,
@@ -107,7 +121,12 @@ class Forward:
             self.hidden[:] = hidden
             self._execute(0, self._embed)
         head = self._heads.get(last) if len(outputs) else None
-        self._run_through(self._starts[first] if first or hidden is not None else 0, last, head)
+        start = self._starts[first] if first or hidden is not None else 0
+        began = time.perf_counter()
+        job[program.AHEAD] = self.store.begin(count, MOST_FORESEEN) if self.store else 0
+        self._run_through(start, last, head)
+        if self.store:  # before the cache grows: what could not be read was not computed with
+            self.store.end(count, time.perf_counter() - began)
         if parents is None and not goes_on:
             for sequence in sequences or [0] * count:
                 self.cache.lengths[sequence] += 1
@@ -170,6 +189,16 @@ class Forward:
             )
 
     def _execute(self, first: int, last: int) -> None:
+        store = self.store
+        if store and (self.waits.idle is not None or not store.streaming.overlap):
+            # Somebody has other work for the time of a wait: come back before each layer's experts.
+            for cut in (i for i in self._cuts if first < i < last):
+                self._dispatch(first, cut)
+                self.waits.until(lambda: store.arrived, store.wait)
+                first = cut
+        self._dispatch(first, last)
+
+    def _dispatch(self, first: int, last: int) -> None:
         self._job[program.FIRST], self._job[program.LAST] = first, last
         self.team.run()
 

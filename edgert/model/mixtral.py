@@ -31,13 +31,42 @@ def experts(b: Builder, index: int, x: Rows) -> None:
     b.linear(f"{name}.router", x, r.logits, last=r.shared is None)
     if r.shared is not None:
         b.linear(f"{name}.shared_router", x, r.shared.logit)
+    ahead = b.control is not None and index + 1 < b.spec.last_layer and b.spec.has_experts(index + 1)
+    if ahead:
+        _foresee(b, index)
     _route(b, index, x)
+    if b.control is not None:
+        _publish(b, index, b.control, r.foreseen.chosen if ahead else -1)
     if r.shared is not None:
         b.linear(f"{name}.shared_gate", x, r.shared.gate, last=False)
         b.linear(f"{name}.shared_up", x, r.shared.up)
         down = f"{name}.shared_down"
         b.linear(down, b.gated(down, r.shared.gate, r.shared.up), r.shared.out)
     _compute(b, index)
+
+
+def _foresee(b: Builder, index: int) -> None:
+    """What the next layer's router makes of this layer's input: a guess at what it will choose.
+
+    From the residual after attention, with the next layer's own norm (Fate, arXiv:2502.12224,
+    with the later input): the experts of this layer are all that is missing in it.
+    """
+    next_, seen, spec = f"layers.{index + 1}", b.routing.foreseen, b.spec
+    b.foreseen(f"{next_}.ffn_norm", f"{next_}.router", seen.x, seen.logits)
+    b.add(
+        program.ROUTE,
+        rows=program.FORESEEN,
+        x=seen.logits.at,
+        x_stride=seen.logits.stride,
+        experts=spec.experts,
+        active=spec.active_experts,
+        normalized=False,
+        shared=-1,
+        shared_stride=0,
+        chosen=seen.chosen,
+        weights=seen.weights.at,
+        weights_stride=seen.weights.stride,
+    )
 
 
 def _route(b: Builder, index: int, x: Rows) -> None:
@@ -80,6 +109,23 @@ def _route(b: Builder, index: int, x: Rows) -> None:
     )
 
 
+def _publish(b: Builder, index: int, control: int, ahead: int) -> None:
+    """Tell the store of streamed experts what this layer needs, and what the next is thought to need."""
+    r, spec = b.routing, b.spec
+    b.add(
+        program.PUBLISH,
+        layer=index,
+        experts=spec.experts,
+        active=spec.active_experts,
+        chosen=r.chosen,
+        weights=r.weights.at,
+        weights_stride=r.weights.stride,
+        busy=r.busy,
+        ahead=ahead,
+        control=control,
+    )
+
+
 def _compute(b: Builder, index: int) -> None:
     """What the experts give for their rows, and its sum per token."""
     r, spec, tiling = b.routing, b.spec, b.config.tiling
@@ -105,6 +151,7 @@ def _compute(b: Builder, index: int) -> None:
         counters=r.counters,
         most=tiling.most,
         ahead=tiling.ahead,
+        control=-1 if b.control is None else b.control,
     )
     b.add(
         program.COMBINE,

@@ -4,6 +4,9 @@ from edgert.config import ModelSpec
 from edgert.kernels.experts import COUNTERS
 from edgert.state import Layout
 
+MOST_FORESEEN = 4
+"""Rows whose next experts are predicted: more rows need most of a layer's experts in any case."""
+
 
 class Routing:
     """One set for all layers. An entry is one token at one of its experts; there are T * k of them."""
@@ -22,7 +25,19 @@ class Routing:
         self.starts = layout.integers(experts + 1)  # [E + 1] the first entry of each expert
         self.busy = layout.integers(experts + 1)  # the number of experts with entries, and these
         self.counters = layout.integers(experts * COUNTERS)  # [E, COUNTERS] see kernels/experts.py
+        # What the layer before predicts: its own logits, choices and weights, as above.
+        self.foreseen = Foreseen(spec, layout)
         self.shared = Shared(spec, rows, layout) if spec.shared_width else None
+
+
+class Foreseen:
+    """The buffers in which a layer predicts the experts of the next, for a few rows."""
+
+    def __init__(self, spec: ModelSpec, layout: Layout) -> None:
+        self.x = layout.rows(MOST_FORESEEN, spec.width)  # [R, D]
+        self.logits = layout.rows(MOST_FORESEEN, spec.experts)  # [R, E]
+        self.weights = layout.rows(MOST_FORESEEN, spec.active_experts)  # [R, k]
+        self.chosen = layout.integers(MOST_FORESEEN * spec.active_experts)  # [R, k]
 
 
 class Shared:
