@@ -12,6 +12,7 @@ import click
 from edgert import tiling
 from edgert.cli.options import FILE, size_text
 from edgert.config import Tiling
+from edgert.experts.segments import direct_reads
 from edgert.kernels import jit, target
 from edgert.planner import cores
 
@@ -52,8 +53,16 @@ def doctor_command() -> None:
     found = tiling.kept()
     whence = "the default; `edgert warmup` measures" if found is None else "measured by `edgert warmup`"
     print(f"tiling      {tiling.described(found or Tiling())} ({whence})")
+    print(f"flash       {_flash()}")
     for problem in _problems():
         print(f"problem     {problem}")
+
+
+def _flash() -> str:
+    folder = Path.cwd()
+    if direct_reads(folder):
+        return f"experts are read past the page cache (O_DIRECT) from {folder}"
+    return f"{folder} refuses O_DIRECT: experts read from files here go through the page cache"
 
 
 def _problems() -> list[str]:

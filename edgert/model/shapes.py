@@ -1,15 +1,18 @@
 """Published model shapes by name, and random weights in them: for benchmarks that need no download."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgert.config import ModelSpec, Quant
 from edgert.errors import OptionError
-from edgert.format import StoredTensor, declared
+from edgert.format import ErtWriter, StoredTensor, declared
 from edgert.format.layout import LAYOUT_OF, page_padded, stored_bytes
 from edgert.kernels import packing
 from edgert.state import Weights
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 def _shape(
@@ -105,29 +108,53 @@ def random_weights(spec: ModelSpec, quant: Quant, seed: int = 0) -> Weights:
     """Random weights of a shape, scaled so that activations stay near 1 through all layers."""
     tensors, size = planned(spec, quant)
     data = np.zeros(size, np.uint8)
-    rng = np.random.default_rng(seed)
-    noise = rng.integers(0, 256, 1 << 20, dtype=np.uint8)
+    fill = _Filler(spec, quant, seed)
     for tensor in tensors.values():
-        view = data[tensor.offset : tensor.offset + tensor.nbytes]
+        fill(tensor, data[tensor.offset : tensor.offset + tensor.nbytes])
+    return Weights(spec, data, tensors)
+
+
+def write_random(path: Path, spec: ModelSpec, quant: Quant, seed: int = 0) -> None:
+    """The weights of `random_weights` as a file without a tokenizer, one tensor in memory at a time."""
+    tensors, _ = planned(spec, quant)
+    fill = _Filler(spec, quant, seed)
+    quants = {t.name: t.quant for t in tensors.values() if t.role in ("matrix", "expert")}
+    with ErtWriter(path, spec, quants, metadata={"source": "random weights"}) as writer:
+        for tensor in tensors.values():
+            view = np.zeros(tensor.nbytes, np.uint8)
+            fill(tensor, view)
+            writer.write(tensor.name, view)
+        writer.finish()
+
+
+class _Filler:
+    """Writes random bytes of one tensor after the other."""
+
+    def __init__(self, spec: ModelSpec, quant: Quant, seed: int) -> None:
+        self._spec, self._quant = spec, quant
+        self._rng = np.random.default_rng(seed)
+        self._noise = self._rng.integers(0, 256, 1 << 20, dtype=np.uint8)
+
+    def __call__(self, tensor: StoredTensor, view: Bytes) -> None:
         if tensor.name == "rope_frequencies":
-            half = spec.head_dim // 2
-            view.view(np.float32)[:] = spec.rope_theta ** -(np.arange(half) / half)
+            half = self._spec.head_dim // 2
+            view.view(np.float32)[:] = self._spec.rope_theta ** -(np.arange(half) / half)
         elif tensor.role == "vector":
             view.view(np.float32)[:] = 0.0 if tensor.name.endswith("_bias") else 1.0
         elif tensor.role == "router":
             # Not the repeated noise: rows that are equal would tie, and the same experts win every time.
-            rows = rng.standard_normal(tensor.shape, np.float32) * np.float32(2 * tensor.shape[1] ** -0.5)
+            spread = np.float32(2 * tensor.shape[1] ** -0.5)
+            rows = self._rng.standard_normal(tensor.shape, np.float32) * spread
             view[:] = packing.pack_floats(rows).reshape(-1)
         else:
-            _fill_matrix(view, quant, tensor.shape[-1], noise)
-    return Weights(spec, data, tensors)
+            _fill_matrix(view, self._quant, tensor.shape[-1], self._noise)
 
 
 def _fill_matrix(
-    view: np.ndarray[tuple[int], np.dtype[np.uint8]],
+    view: Bytes,
     quant: Quant,
     columns: int,
-    noise: np.ndarray[tuple[int], np.dtype[np.uint8]],
+    noise: Bytes,
 ) -> None:
     """Fill with `noise` repeated: a benchmark reads every byte, whatever it is."""
     size = packing.RECORD_BYTES[quant]

@@ -1,0 +1,127 @@
+"""Files larger than the budget: planned, loaded, generated from, and kept to."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import edgert
+from edgert.config import ModelSpec
+from edgert.errors import MemoryBudgetError, OptionError
+from edgert.experts import Streaming
+from edgert.experts.segments import direct_reads
+from edgert.format import ErtFile
+from edgert.format.layout import page_padded
+from edgert.model.shapes import write_random
+from edgert.planner import BASE_BYTES, buffer_bytes, cache_bytes, plan
+from tests import kernel_inputs as inputs
+from tests import tiny_models
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def moe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of 2 layers of 19 experts with a tokenizer."""
+    folder = tmp_path_factory.mktemp("moe")
+    tiny_models.write_folder(folder / "source", "mixtral_window_odd_sizes")
+    edgert.convert(folder / "source", folder / "moe.ert", quant="q8")
+    return folder / "moe.ert"
+
+
+def budget(path: Path, slots: int) -> int:
+    """Bytes of --ram that leave room for just so many experts."""
+    with ErtFile.open(path) as file:
+        experts = [page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert"]
+        config = plan(file.spec, file.size)
+        rest = file.size - sum(experts)
+        fixed = BASE_BYTES + cache_bytes(file.spec, config) + buffer_bytes(file.spec, config)
+        return fixed + rest + slots * max(experts)
+
+
+@pytest.fixture(autouse=True)
+def compiled_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plan adds for compiling depends on the state of the cache."""
+    monkeypatch.setattr("edgert.kernels.jit.is_cached", lambda: True)
+
+
+def test_a_budget_too_small_for_all_experts_streams_them(moe_file: Path) -> None:
+    with edgert.load(moe_file) as model:
+        assert model.config.expert_slots == 0
+        expected = model.generate("Once upon", max_tokens=20, temperature=1.0, seed=3)
+        assert "expert_hits" not in expected.stats
+    with edgert.load(moe_file, ram=budget(moe_file, 7)) as model:
+        assert model.config.expert_slots == 7
+        found = model.generate("Once upon", max_tokens=20, temperature=1.0, seed=3)
+    assert (found.tokens, found.text) == (expected.tokens, expected.text)
+    stats = found.stats
+    assert stats["expert_slots"] == 7
+    # One expert per token and layer: the chunk's own count is not known, the 19 single tokens' is.
+    assert stats["expert_hits"] + stats["expert_misses"] >= 19 * 2
+    assert stats["bytes_read"] >= stats["expert_misses"] * 4096 > 0
+    assert set(stats) >= {"prefetch_useful", "io_wait_s", "prefetch"}
+
+
+def test_the_command_streams_and_says_so(moe_file: Path, cli: Callable[..., inputs.Any]) -> None:
+    plain = cli("run", moe_file, "-p", "One", "-n", 5, "--json")
+    tight = cli("run", moe_file, "-p", "One", "-n", 5, "--json", "--ram", budget(moe_file, 5))
+    one, two = json.loads(plain.out), json.loads(tight.out)
+    assert one["tokens"] == two["tokens"]
+    assert two["stats"]["expert_misses"] > 0
+    assert "expert_misses" not in one["stats"]
+
+
+def test_what_cannot_fit_is_refused_with_the_least_that_would(moe_file: Path) -> None:
+    least = budget(moe_file, 2)
+    with pytest.raises(MemoryBudgetError) as caught:
+        edgert.load(moe_file, ram=least - 1)
+    message = str(caught.value)
+    mib = -(-least // MIB)
+    assert f"this needs {mib} MiB: weights without experts" in message
+    assert "room for 2 of 38 experts" in message
+    assert message.endswith(f"give at least {mib} MiB, or a smaller context")
+    with edgert.load(moe_file, ram=least) as model:
+        assert model.config.expert_slots == 2
+        assert len(model.generate("Once", max_tokens=3).tokens) == 3
+
+
+def test_choices_that_do_not_exist_are_refused() -> None:
+    for wrong in ({"policy": "fifo"}, {"predictor": "magic"}, {"prefetch": "off"}, {"pinned": 1.0}):
+        with pytest.raises(OptionError, match="expected"):
+            Streaming(**wrong)  # type: ignore[arg-type]
+
+
+def test_doctor_tells_whether_reads_pass_the_page_cache(cli: Callable[..., inputs.Any]) -> None:
+    found = cli("doctor").out
+    line = next(line for line in found.splitlines() if line.startswith("flash"))
+    assert ("refuses O_DIRECT" in line) == (not direct_reads(Path.cwd()))
+
+
+PEAK = """
+import json, resource, sys
+import edgert
+path, ram = sys.argv[1], int(sys.argv[2])
+with edgert.load(path, ram=ram, context=512, threads=2) as model:
+    done = model.generate(list(range(0, 2000, 5)), max_tokens=24, temperature=2.0, seed=1)
+    slots = model.config.expert_slots
+print(json.dumps([slots, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, done.stats]))
+"""
+
+
+@pytest.mark.compiled
+def test_resident_memory_stays_under_the_budget(tmp_path: Path) -> None:
+    """A file of 470 MB in 270 MiB, of which Python and the kernels are allowed 200."""
+    spec = ModelSpec(
+        *("olmoe", 4, 512, 8, 8, 64, 512, 2000, 512, 1e-5), experts=128, active_experts=4, expert_width=1024
+    )
+    path = tmp_path / "large.ert"
+    write_random(path, spec, "q4")
+    assert path.stat().st_size > 440e6
+    ram = 270 * MIB
+    inputs.run_python("from edgert.warmup import warm_up; warm_up()")  # compiling takes memory of its own
+    out, _ = inputs.run_python(PEAK, str(path), str(ram))
+    slots, peak, stats = json.loads(out.splitlines()[-1])
+    assert 8 <= slots < 200
+    assert stats["bytes_read"] > 1.5 * slots * 884736  # the arena was full, and its experts replaced
+    assert peak < ram
