@@ -8,6 +8,7 @@ from itertools import product
 
 from edgert import tiling
 from edgert.config import EngineConfig, ModelSpec, SamplingParams, Tiling
+from edgert.experts import store
 from edgert.model.forward import Forward
 from edgert.model.shapes import random_weights
 from edgert.sampling import Sampler
@@ -30,6 +31,7 @@ def warm_up() -> None:
     logits = forward.run([1, 2], outputs=[1])
     Sampler(SamplingParams(), spec.vocab).choose(logits[0])
     forward.close()
+    store.warm_up()
 
 
 def search(threads: int, spec: ModelSpec = _LARGE, rounds: int = _ROUNDS) -> Tiling | None:
