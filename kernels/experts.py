@@ -242,7 +242,10 @@ def _unit(c, i, pool, table, routes, f, xq, xs, xn):
 
 @jit
 def run_experts(me, c, pool, table, routes, f, xq, xs, xn):
-    """Take units until none is left to take; every thread of the team calls this, then meets a barrier."""
+    """Take units until none is left to take; every thread of the team calls this, then meets a barrier.
+
+    control: of streamed experts, else below 0.
+    """
     count, control = routes[c[16]], c[20]
     first = 0  # all before it are empty
     idle = 0
@@ -260,7 +263,7 @@ def run_experts(me, c, pool, table, routes, f, xq, xs, xn):
             else:
                 i += 1
         if worked or first == count:
-            if idle >= SPINS and me == 0:
+            if idle >= SPINS and me == 0 and control >= 0:
                 table[control + WAITED] += atomics.now() - since
             idle = 0
             continue
@@ -269,7 +272,7 @@ def run_experts(me, c, pool, table, routes, f, xq, xs, xn):
         idle += 1
         if idle == SPINS:
             since = atomics.now()
-        if idle < SPINS or control < 0:
+        if idle < SPINS:
             atomics.pause()
         else:
             atomics.give_way()
