@@ -16,20 +16,17 @@ many of ours as make the number up, so that shares of reuse and of right guesses
 """
 
 import argparse
-import ctypes
 import json
 import os
 import resource
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.bench import BenchRow  # noqa: F401  (the layers of imports are those of the command)
 from edgert.experts import Streaming, open_streamed
 from edgert.format import ErtFile, StoredTensor
 from edgert.format.layout import page_padded
@@ -60,7 +57,7 @@ CASES: dict[str, Streaming | None] = {
 def record(args: argparse.Namespace) -> None:
     """The experts chosen, and those predicted, of every token and layer of a text."""
     with ErtFile.open(args.model) as file:
-        config = replace(plan(file.spec, file.size, context=file.spec.context, threads=1), expert_slots=1)
+        config = plan(file.spec, file.size, context=file.spec.context, threads=1)
         count = sum(t.role == "expert" for t in file.tensors.values())
         weights, store = open_streamed(file, count, Streaming(prefetch="on"))
         tokenizer = Tokenizer(file.tokenizer_json() or b"")
@@ -168,33 +165,29 @@ def case(args: argparse.Namespace) -> None:
     trace = dict(np.load(args.trace))
     with ErtFile.open(args.model) as file:
         expert_bytes = tuple(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert")
-        if streaming is None:
-            config = plan(file.spec, file.size, context=CONTEXT, threads=args.threads, chunk=8)
-            # Only the routers are copied: experts stay in the mapping.
-            forward = Forward(Weights.of_file(file), config)
-            replay = None
-        else:
-            config = plan(
-                *(file.spec, file.size),
-                context=CONTEXT,
-                threads=args.threads,
-                ram=parse_size(args.ram),
-                expert_bytes=expert_bytes,
-                chunk=8,
-            )
-            slots = file.spec.active_experts if args.case == "on demand" else config.expert_slots
-            weights, store = open_streamed(file, slots, streaming)
-            replay = Replay(weights, trace)
-            forward = Forward(replay.weights, config, store)
-            replay.attach(forward)
+        config = plan(
+            *(file.spec, file.size),
+            context=CONTEXT,
+            threads=args.threads,
+            ram=parse_size(args.ram),
+            expert_bytes=expert_bytes,
+            chunk=8,
+        )
+        slots = file.spec.active_experts if args.case in ("on demand", "mapped") else config.expert_slots
+        weights, store = open_streamed(file, slots, streaming or Streaming(predictor="none"))
+        replay = Replay(weights, trace)
+        if streaming is None:  # the program looks into the mapping, where every expert is
+            store.arena = file.data
+            store.table[: store.control] = Weights.of_file(file).expert_table().reshape(-1)
+        forward = Forward(replay.weights, config, store)
+        replay.attach(forward)
     drop_cache(args.model)
     before, began = None, 0.0
     for token in range(WARM + args.tokens):
         if token == WARM:
             before = forward.store.totals() if forward.store else {}
             began = time.perf_counter()
-        if replay:
-            replay.set(token)
+        replay.set(token)
         if forward.cache.length + 1 >= CONTEXT:
             forward.cache.rewind(0)
         forward.run([token % 1000 + 3])
@@ -259,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _line(ram: str, name: str, found: dict[str, float], speed: float) -> str:
     text = f"{ram:>7} {name:26} {found['tok_s']:7.2f} tok/s, peak {found['peak_rss_bytes'] / 2**20:6.0f} MiB"
-    if "expert_hits" not in found:
+    if CASES[name] is None:
         return text
     asked = found["expert_hits"] + found["expert_misses"]
     return (
