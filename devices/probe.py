@@ -77,7 +77,7 @@ def stream_bandwidth(threads: int, rounds: int = _ROUNDS) -> float:
 def product_rate(threads: int, rounds: int = _ROUNDS) -> float:
     """Operations per second (two per weight and row) of q4 products of 64 rows, weights in cache."""
     n, k, rows, turns = 256, 2048, 64, 20
-    work = [_Product(n, k, rows) for _ in range(threads)]
+    work = [Product(n, k, rows) for _ in range(threads)]
 
     def repeat(thread: int) -> None:
         for _ in range(turns):
@@ -89,7 +89,7 @@ def product_rate(threads: int, rounds: int = _ROUNDS) -> float:
 
 def row_times(rows: tuple[int, ...], rounds: int = _ROUNDS) -> list[float]:
     """Seconds of a q4 product of a matrix far larger than the caches, for each number of rows."""
-    work = _Product(32768, 8192, max(rows))
+    work = Product(32768, 8192, max(rows))
     times: list[list[float]] = [[] for _ in rows]
     for turn in range(rounds + 1):  # in turn, so that a drift of the machine meets all of them
         for count, kept in zip(rows, times, strict=True):
@@ -111,7 +111,7 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-class _Product:
+class Product:
     """A q4 matrix [n, k] of arbitrary weights, and rows to multiply it with."""
 
     def __init__(self, n: int, k: int, rows: int) -> None:
@@ -124,10 +124,10 @@ class _Product:
         self.xn = np.ones(rows * self.groups, np.int32)
         self.y = np.zeros(rows * n, np.float32)
 
-    def run(self, rows: int) -> None:
-        matmul.matmul_q4(
-            self.w, 0, self.groups, 0, self.blocks, rows, self.xq, self.xs, self.xn, 0, self.y, 0, self.stride
-        )
+    def run(self, rows: int, most: int = matmul.MOST, ahead: int = matmul.AHEAD) -> None:
+        """Multiply with the first `rows` rows; `most` and `ahead` as in kernels/matmul.py."""
+        rest = (rows, self.xq, self.xs, self.xn, 0, self.y, 0, self.stride, most, ahead)
+        matmul.matmul_q4(self.w, 0, self.groups, 0, self.blocks, *rest)
 
 
 def _together(threads: int, work: Callable[[int], object]) -> None:
