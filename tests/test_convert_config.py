@@ -228,6 +228,21 @@ def test_damaged_fields_are_named(config: dict[str, Any], message: str) -> None:
         spec_of(**config)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"hidden_act": "x" * 5000},
+        {"architectures": ["x" * 5000]},
+        {"rope_parameters": {"rope_type": "x" * 5000}},
+        {"vocab_size": "x" * 5000},
+    ],
+)
+def test_a_message_stays_short_whatever_the_file_says(config: dict[str, Any]) -> None:
+    with pytest.raises(ConversionError) as caught:
+        spec_of(**config)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_tensor_names_are_those_of_transformers(model_type: str) -> None:
     transformers = pytest.importorskip("transformers")

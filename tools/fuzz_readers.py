@@ -6,7 +6,8 @@
 Readers: gguf and hf convert a model, ert opens and verifies a file. A case is a function of the
 reader, the seed and its number. Cases run in forked processes with an address space of what Python
 and its libraries take and MEMORY more. What counts as a failure: any other exception (a MemoryError
-too), a warning, a crash, a case of more than LIMIT seconds, and a file left behind.
+too), a warning, a crash, a case of more than LIMIT seconds of processor time or WAIT of any, and a
+file left behind.
 """
 
 import base64
@@ -21,6 +22,7 @@ import signal
 import struct
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -46,7 +48,8 @@ from tests import gguf_files, tiny_models  # noqa: E402
 from tools.gguf_texts import byte_level, sentence_piece  # noqa: E402
 
 MEMORY: Final = 512 << 20  # the models take a megabyte
-LIMIT: Final = 30.0  # seconds; a case takes milliseconds
+LIMIT: Final = 30.0  # seconds of processor time; a case takes milliseconds
+WAIT: Final = 900.0  # seconds; a process of low priority may wait long for its turn
 BATCH: Final = 500  # cases of one process, so that what one leaks does not fail another
 
 INTERESTING: Final = (0, 1, 2, 31, 32, 127, 128, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1)
@@ -306,7 +309,7 @@ def outcomes(
         end = "crashed"
         pending = b""
         while start < stop:
-            if not select.select([source], [], [], LIMIT)[0]:
+            if not _wait(source, process):
                 os.kill(process, signal.SIGKILL)
                 end = f"took more than {LIMIT:.0f} s"
                 break
@@ -329,6 +332,20 @@ def _store(sample: Sample, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in sample.items():
         (folder / name).write_bytes(data)
+
+
+def _wait(source: int, process: int) -> bool:
+    """Until there is something to read; False if the process works or waits for too long."""
+    began, worked = time.monotonic(), _cpu_seconds(process)
+    while not select.select([source], [], [], 5.0)[0]:
+        if _cpu_seconds(process) - worked > LIMIT or time.monotonic() - began > WAIT:
+            return False
+    return True
+
+
+def _cpu_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system
 
 
 @click.command()

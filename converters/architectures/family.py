@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import Activation, ModelSpec
-from edgert.converters.hf_config import HfConfig
+from edgert.converters.hf_config import HfConfig, shown
 from edgert.converters.rope import make_rope
 from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor
 from edgert.errors import ConversionError, UnsupportedError
@@ -274,7 +274,7 @@ def layer_windows(config: HfConfig) -> tuple[int, ...]:
     known = {"full_attention": 0, "sliding_attention": size}
     if len(kinds) != layers or not set(kinds) <= set(known) or (not size and "sliding_attention" in kinds):
         raise UnsupportedError(
-            f"{config.where}: found layer_types {sorted(set(kinds))} for {len(kinds)} layers with "
+            f"{config.where}: found layer_types {shown(sorted(set(kinds)))} for {len(kinds)} layers with "
             f"sliding_window {size}, expected {layers} of full_attention or sliding_attention; "
             "convert another version of the model"
         )
@@ -305,8 +305,8 @@ def _refuse(config: HfConfig, understood: frozenset[str]) -> None:
     found = config.texts("architectures")
     if found and expected.lower() not in (name.lower() for name in found):
         raise UnsupportedError(
-            f"{config.where}: found architectures {found}, expected {expected} for model_type {model_type}; "
-            "convert the language model itself"
+            f"{config.where}: found architectures {shown(found)}, expected {expected} for model_type "
+            f"{model_type}; convert the language model itself"
         )
     if "AutoModelForCausalLM" in config.child("auto_map").values:
         raise UnsupportedError(
@@ -319,7 +319,7 @@ def _activation(config: HfConfig) -> Activation:
     name = config.text("hidden_act", "silu")
     if name not in ACTIVATIONS:
         raise UnsupportedError(
-            f"{config.where}: found hidden_act {name!r}, expected one of {', '.join(ACTIVATIONS)}; "
+            f"{config.where}: found hidden_act {shown(name)}, expected one of {', '.join(ACTIVATIONS)}; "
             "convert another version of the model"
         )
     return ACTIVATIONS[name]
