@@ -25,6 +25,7 @@ from edgert.state import Weights
 from tests.handoff_models import LAYER, Files, Server, count, random_tokens, serving, write_files
 from tests.test_lowerings import TARGETS
 
+PATIENT: dict[str, Any] = {"deadline_s": 120.0}  # on a busy machine nothing is to fall back
 SAMPLED = {"max_tokens": 30, "temperature": 1.3, "top_k": 30, "seed": 5, "repetition_penalty": 1.1}
 
 
@@ -65,7 +66,7 @@ def tokens(
 def test_all_handed_over_is_the_whole_model(files: Files, cloud: Server, options: dict[str, Any]) -> None:
     prompt = random_tokens("one", 20, 80)
     expected = events(files.whole, prompt, None, logprobs=3, **options)
-    found = events(files.edge, prompt, HandoffConfig(cloud=cloud.address), logprobs=3, **options)
+    found = events(files.edge, prompt, HandoffConfig(**PATIENT, cloud=cloud.address), logprobs=3, **options)
     assert [(e.token, e.logprob, e.top) for e in found] == [(e.token, e.logprob, e.top) for e in expected]
     assert {e.source for e in found} == {"cloud"}
 
@@ -73,9 +74,11 @@ def test_all_handed_over_is_the_whole_model(files: Files, cloud: Server, options
 def test_an_unsplit_file_serves_as_either_half(files: Files, cloud: Server, whole_cloud: Server) -> None:
     prompt = random_tokens("two", 9, 80)
     expected = tokens(files.whole, prompt, **SAMPLED)
-    assert tokens(files.edge, prompt, HandoffConfig(cloud=whole_cloud.address), **SAMPLED) == expected
-    assert tokens(files.whole, prompt, HandoffConfig(cloud=cloud.address), **SAMPLED) == expected
-    by_one = HandoffConfig(cloud=whole_cloud.address, layer=1)
+    assert (
+        tokens(files.edge, prompt, HandoffConfig(**PATIENT, cloud=whole_cloud.address), **SAMPLED) == expected
+    )
+    assert tokens(files.whole, prompt, HandoffConfig(**PATIENT, cloud=cloud.address), **SAMPLED) == expected
+    by_one = HandoffConfig(**PATIENT, cloud=whole_cloud.address, layer=1)
     assert tokens(files.whole, prompt, by_one, **SAMPLED) == expected
 
 
@@ -83,14 +86,16 @@ def test_a_prompt_of_several_chunks_and_a_full_context(files: Files, cloud: Serv
     prompt = random_tokens("long", 50, 80)
     expected = tokens(files.whole, prompt, max_tokens=99)
     assert len(expected) == 64 - 50 + 1
-    with edgert.load(files.edge, threads=1, chunk=8, handoff=HandoffConfig(cloud=cloud.address)) as model:
+    with edgert.load(
+        files.edge, threads=1, chunk=8, handoff=HandoffConfig(**PATIENT, cloud=cloud.address)
+    ) as model:
         done = model.generate(prompt, max_tokens=99)
     assert list(done.tokens) == expected and done.finish_reason == "length"
 
 
 def test_a_prompt_that_goes_on_is_sent_only_in_its_new_part(files: Files, cloud: Server) -> None:
     prompt = random_tokens("chat", 40, 80)
-    with edgert.load(files.edge, threads=1, handoff=HandoffConfig(cloud=cloud.address)) as model:
+    with edgert.load(files.edge, threads=1, handoff=HandoffConfig(**PATIENT, cloud=cloud.address)) as model:
         first = model.generate(prompt, **(SAMPLED | {"max_tokens": 6}))
         longer = [*prompt, *first.tokens, 7, 8, 9]
         second = model.generate(longer, **(SAMPLED | {"max_tokens": 6}))
@@ -109,7 +114,7 @@ def test_a_prompt_that_goes_on_is_sent_only_in_its_new_part(files: Files, cloud:
 def test_exits_over_the_wire_are_those_of_the_whole_model(files: Files, cloud: Server, rule: Any) -> None:
     prompt = random_tokens("exits", 12, 80)
     here = HandoffConfig("local", budget=0.5, rule=rule)
-    there = HandoffConfig("collaborative", cloud.address, budget=0.5, rule=rule)
+    there = HandoffConfig("collaborative", cloud.address, **PATIENT, budget=0.5, rule=rule)
     expected = events(files.whole, prompt, here, **SAMPLED)
     found = events(files.edge, prompt, there, **SAMPLED)
     named = {"exit": "exit", "model": "cloud"}
@@ -160,7 +165,7 @@ def test_an_agreement_of_one_never_exits_and_a_low_one_often_does(files: Files, 
     prompt = random_tokens("agreement", 12, 80)
     shares = []
     for agreement in (1.0, 0.9, 0.3):
-        config = HandoffConfig(cloud=cloud.address, agreement=agreement)
+        config = HandoffConfig(**PATIENT, cloud=cloud.address, agreement=agreement)
         found = events(files.edge, prompt, config, **SAMPLED)
         shares.append(sum(e.source == "exit" for e in found))
     assert shares[0] == 0 and shares[0] <= shares[1] <= shares[2] and shares[2] > 20
@@ -184,7 +189,7 @@ def test_local_answers_from_the_exit_and_opens_no_link(files: Files, cloud: Serv
 def test_a_cloud_with_all_layers_answers_everything(files: Files, whole_cloud: Server) -> None:
     prompt = random_tokens("cloud", 12, 80)
     asked = count(whole_cloud, "edgert_questions_total")
-    config = HandoffConfig("cloud", whole_cloud.address)
+    config = HandoffConfig("cloud", whole_cloud.address, **PATIENT)
     with edgert.load(files.edge, threads=1, handoff=config) as model:
         done = model.generate(prompt, **SAMPLED)
         again = model.generate([*prompt, *done.tokens[:4]], **(SAMPLED | {"max_tokens": 3}))
@@ -202,7 +207,7 @@ def test_a_draft_on_the_board_is_verified_by_the_cloud_s_model(files: Files, who
     for options in ({"max_tokens": 30}, SAMPLED):
         expected = events(files.whole, prompt, None, logprobs=2, **options)
         with edgert.load(
-            files.small, threads=1, handoff=HandoffConfig("draft", whole_cloud.address)
+            files.small, threads=1, handoff=HandoffConfig("draft", whole_cloud.address, **PATIENT)
         ) as model:
             stream = model.stream(prompt, logprobs=2, **options)
             found = list(stream)
@@ -230,7 +235,7 @@ def test_a_narrow_wire_costs_bytes_in_proportion_and_little_agreement(files: Fil
     expected = tokens(files.whole, prompt, max_tokens=20, repetition_penalty=1.5)
     sizes, alike = [], []
     for wire in ("f32", "f16", "int8"):
-        config = HandoffConfig(cloud=cloud.address, wire=wire)
+        config = HandoffConfig(**PATIENT, cloud=cloud.address, wire=wire)
         with edgert.load(files.edge, threads=1, handoff=config) as model:
             done = model.generate(prompt, max_tokens=20, repetition_penalty=1.5)
         sizes.append(done.stats["bytes_up"])
@@ -247,11 +252,11 @@ def test_a_narrow_wire_costs_bytes_in_proportion_and_little_agreement(files: Fil
 
 def test_another_model_s_edge_is_refused(files: Files, cloud: Server, tmp_path: Path) -> None:
     other = write_files(tmp_path, "f16")
-    with edgert.load(other.edge, threads=1, handoff=HandoffConfig(cloud=cloud.address)) as model:
+    with edgert.load(other.edge, threads=1, handoff=HandoffConfig(**PATIENT, cloud=cloud.address)) as model:
         given = list(model.stream([5, 6, 7], max_tokens=2))
     assert {e.fallback for e in given} == {"refused"}
     with pytest.raises(LinkError, match="found an edge of the model"):
-        tokens(other.whole, [5, 6, 7], HandoffConfig("cloud", cloud.address), max_tokens=2)
+        tokens(other.whole, [5, 6, 7], HandoffConfig("cloud", cloud.address, **PATIENT), max_tokens=2)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ Cli = Callable[..., Outcome]
 def test_run_hands_over_and_says_how_much(handoff_files: Files, cli: Cli) -> None:
     plain = cli("run", handoff_files.whole, "-p", "abc", "-n", 8, "--json")
     with serving(handoff_files.cloud) as server:
-        options = ("-p", "abc", "-n", 8, "-c", 64, "--cloud", server.address)
+        options = ("-p", "abc", "-n", 8, "-c", 64, "--deadline", 120, "--cloud", server.address)
         done = cli("run", handoff_files.edge, *options, "--json")
         shown = cli("run", handoff_files.edge, *options, "--agreement", "0.5")
     assert json.loads(done.out)["text"] == json.loads(plain.out)["text"]

@@ -17,7 +17,7 @@ from tests.handoff_models import Files, Server, random_tokens, serving
 from tests.test_handoff import check_against_one_pass
 
 COUNT = 5
-LENIENT: dict[str, Any] = {"deadline_s": 20.0}  # every fault but silence is overcome within it
+LENIENT: dict[str, Any] = {"deadline_s": 120.0}  # every fault but silence is overcome within it
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_the_breaker_closes_when_the_server_returns(files: Files) -> None:
     prompt = random_tokens("return", 12, 80)
     server = Server(files.cloud)
     server.start()
-    handoff = HandoffConfig(cloud=server.address, deadline_s=0.3)
+    handoff = HandoffConfig(cloud=server.address, deadline_s=1.5)
     with edgert.load(files.edge, threads=1, handoff=handoff) as model:
         given: list[TokenEvent] = []
         stream = model.stream(prompt, max_tokens=50)
@@ -134,5 +134,5 @@ def test_a_certificate_that_is_refused_leaves_the_exit_and_a_mark(files: Files, 
         prompt = random_tokens("refused", 6, 80)
         given = generate(files.edge, prompt, server.address, tls=tmp_path / "theirs", deadline_s=0.3)
         assert {e.fallback for e in given} == {"link"}
-        given = generate(files.edge, prompt, server.address, tls=tmp_path / "ours")
+        given = generate(files.edge, prompt, server.address, tls=tmp_path / "ours", **LENIENT)
         assert {e.source for e in given} == {"cloud"}

@@ -468,7 +468,7 @@ def test_clients_are_who_their_certificates_say(files: Files, model: str, tmp_pa
                 stranger = grpc.secure_channel(server.address, ours.channel())
             code, _ = Raw("", stranger).send(hello=hello(model)).refusal()
             assert code == grpc.StatusCode.UNAVAILABLE
-        config = HandoffConfig(cloud=server.address, tls=tmp_path / "ours", client="anna")
+        config = HandoffConfig(cloud=server.address, tls=tmp_path / "ours", client="anna", deadline_s=60)
         for stream in streams.values():
             stream.close()
         with edgert.load(files.edge, threads=1, handoff=config) as edge:

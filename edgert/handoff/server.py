@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
+import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from edgert.errors import LinkError
@@ -52,6 +53,7 @@ async def serve(
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for name in ("", NAME):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    _warm_up(forward)
     port = _bind(server, config)
     await server.start()
     try:
@@ -62,6 +64,14 @@ async def serve(
     finally:
         await server.stop(0.5)
         await service.close()
+
+
+def _warm_up(forward: Forward) -> None:
+    """Compile what is not compiled yet: a first client would wait for it longer than its deadline."""
+    spec = forward.spec
+    hidden = np.zeros((1, spec.width), np.float32) if spec.first_layer else None
+    forward.run([0], layers=(spec.first_layer, spec.layers), hidden=hidden, outputs=[0])
+    forward.cache.rewind(0)
 
 
 def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
