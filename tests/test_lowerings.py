@@ -52,9 +52,9 @@ GOLDEN = {
     "softmax": "2a2695b0a07e59f2",
     "topk": "7de2f652ce8876cc",
     "routing": "07d77e003a95eb16",
-    "attention f16": "cea045cee4d2d973",
-    "attention q8": "7387d84553b6e15a",
-    "attention q4": "51b37484a010bd3a",
+    "attention f16": "7d69eae0c41142ea",
+    "attention q8": "90192d1fe26b0ee4",
+    "attention q4": "3149872647eab93d",
     "decode f16": "e832ddafb4b22c37",
     "decode q8": "26fa14c59c6ab0a4",
     "decode q4": "e9a0f91b6d16a59b",
@@ -180,7 +180,7 @@ def attentions(kind: int) -> Iterator[Any]:
             scale, y_at = np.float32(d**-0.5), heads * capacity
             place = (cache, 0, capacity, d, q, 0, scale, first, last, base, path, 0, s, 0, y_at)
             attention.attention(kind, heads, *place, *queries, 0)
-            yield s[: y_at + heads * wide]
+            yield s[y_at : y_at + heads * wide]
 
 
 def decoded(kv_type: Any) -> Iterator[Any]:
