@@ -42,7 +42,14 @@ SAMPLED: tuple[dict[str, Any], ...] = (
 CALIBRATION = {"temperature": 1.0, "confidence": [0.0], "tokens": [1], "agreed": [1]}
 
 # The draft of each target: another precision, another seed, another size, and one of another context.
-TARGETS = ("llama_mqa_odd_sizes", "mistral_window", "qwen2_gqa_tied", "qwen3_alternating_windows")
+TARGETS = (
+    "llama_mqa_odd_sizes",
+    "mistral_window",
+    "qwen2_gqa_tied",
+    "qwen3_alternating_windows",
+    "qwen2_moe_shared",
+    "olmoe_mha",
+)
 
 
 @pytest.fixture(scope="module")
