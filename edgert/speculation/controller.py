@@ -15,6 +15,9 @@ one unlucky guess, more would cost what the controller is there to save."""
 FIRST_REST, LONGEST_REST = 16, 1024
 """Plain steps of a rest: doubled each time a trial fails, so that what never pays is asked ever less
 (a trial of at most three steps in a thousand), and what pays again is found within one rest."""
+MOST_LOST = 0.02
+"""Of the plain steps of a rest: what the trial before it may have cost. A bound on what the controller costs
+where no guess is ever right."""
 SETTLED = 24
 """Steps in a row of a drafter that pays after which its next rest is short again."""
 PLAIN_EVERY = 64
@@ -62,18 +65,24 @@ class Account:
     next_rest: int = FIRST_REST
     trials: int = 0  # that failed, since it last paid
     judged: float = 0.0  # what it saved when it was last sent to rest
+    lost: float = 0.0  # plain steps that the trial in progress has cost in all
 
-    def settle(self, saved: float) -> None:
-        """It took part in a step and saved so many plain steps; negative: it cost them."""
+    def settle(self, saved: float, late: float = 0.0) -> None:
+        """It took part in a step and saved so many plain steps; negative: it cost them.
+
+        late: plain steps that catching up took. It is not judged by them, but they are paid.
+        """
         self.steps += 1
         self.saved += max(_SMOOTHING, 1 / self.steps) * (saved - self.saved)
+        self.lost += late - saved
         # After a failed trial one look may be enough: it was seen to be of no use before.
         enough = 1 if self.trials and saved <= 0 else TRIAL
         if self.steps >= enough and self.saved < 0:
-            self.resting, self.next_rest = self.next_rest, min(2 * self.next_rest, LONGEST_REST)
-            self.steps, self.trials, self.judged = 0, self.trials + 1, self.saved
+            self.resting = max(self.next_rest, math.ceil(self.lost / MOST_LOST))
+            self.next_rest = min(2 * self.next_rest, LONGEST_REST)
+            self.steps, self.trials, self.judged, self.lost = 0, self.trials + 1, self.saved, 0.0
         elif self.steps >= SETTLED:
-            self.next_rest, self.trials = FIRST_REST, 0
+            self.next_rest, self.trials, self.lost = FIRST_REST, 0, 0.0
 
     def reason(self) -> str:
         """How it stands, for people."""
@@ -166,7 +175,9 @@ class Controller:
         for account in self.accounts.values():
             account.resting = max(0, account.resting - 1)
 
-    def settle(self, name: str, taken: int, nodes: int, verified: int, draft_s: float) -> None:
+    def settle(
+        self, name: str, taken: int, nodes: int, verified: int, draft_s: float, late_s: float = 0.0
+    ) -> None:
         """Credit a drafter with the tokens taken from its nodes; charge its time and its share of rows."""
         plain = self.plain_s.value
         if plain == 0:
@@ -175,7 +186,7 @@ class Controller:
             return  # it had nothing to say, and that cost nothing
         extra = self.verify.seconds(1 + verified) - self.verify.seconds(1)
         share = extra * nodes / verified if verified else 0.0
-        self.accounts[name].settle(taken - (draft_s + share) / plain)
+        self.accounts[name].settle(taken - (draft_s + share) / plain, late_s / plain)
 
     def reason(self) -> str:
         """Why it guesses or does not, in one line."""
@@ -203,7 +214,9 @@ class Steady(Controller):
         """As many as there may be."""
         return sorted(tree.ranked()[: max(0, min(self.most_nodes, room) - 1)])
 
-    def settle(self, name: str, taken: int, nodes: int, verified: int, draft_s: float) -> None:
+    def settle(
+        self, name: str, taken: int, nodes: int, verified: int, draft_s: float, late_s: float = 0.0
+    ) -> None:
         """Nobody is sent to rest."""
         self.accounts[name].steps += 1
 

@@ -94,9 +94,9 @@ class Speculation:
 
     def _grow(
         self, tree: TokenTree, sequence: TokenSequence, asked: list[str], depth: int
-    ) -> dict[str, float]:
-        """Let the drafters add to the tree; how long each took for it, in seconds."""
-        times: dict[str, float] = {}
+    ) -> dict[str, tuple[float, float]]:
+        """Let the drafters add to the tree; seconds each took for it, and to catch up before."""
+        times: dict[str, tuple[float, float]] = {}
         if not asked:
             return times
         controller = self.controller
@@ -104,7 +104,7 @@ class Speculation:
         for name in asked:
             began = time.perf_counter()
             late = self._drafters[name].grow(tree, sequence, prices)
-            times[name] = time.perf_counter() - began - late
+            times[name] = time.perf_counter() - began - late, late
         return times
 
     def _run(
@@ -170,7 +170,7 @@ class Speculation:
         nodes: list[int],
         path: list[int],
         commits: list[Commit],
-        times: dict[str, float],
+        times: dict[str, tuple[float, float]],
     ) -> None:
         """Tell every guess that was checked whether it was right, and every drafter what it earned."""
         checked, chosen = set(nodes), dict.fromkeys(times, 0)
@@ -187,6 +187,6 @@ class Speculation:
             guess = tree.guesses[node]
             if guess is not None and guess.drafter in chosen:
                 chosen[guess.drafter] += 1
-        for name, seconds in times.items():
-            self.controller.settle(name, taken[name], chosen[name], len(nodes), seconds)
+        for name, (seconds, late) in times.items():
+            self.controller.settle(name, taken[name], chosen[name], len(nodes), seconds, late)
             self._tally.taken[name] = self._tally.taken.get(name, 0) + taken[name]
