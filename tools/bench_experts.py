@@ -102,6 +102,7 @@ class Replay:
         at = page_padded(weights.data.size)
         self.data = np.zeros(at + 2 * spec.layers * size, np.uint8)
         self.data[: weights.data.size] = weights.data
+        weights.data = self.data[: weights.data.size]  # the first copy goes: it would count as resident
         tensors = dict(weights.tensors)
         self.bias: list[NDArray[np.float32]] = []  # [E] of each layer, then of each layer's prediction
         self.places: list[int] = []
@@ -123,7 +124,8 @@ class Replay:
         """Give the predicting products their own biases: they share the routers' otherwise."""
         code = forward.code
         column = 3 + program.FIELDS[program.MATMUL].index("bias")
-        own = {place: self.places[self._spec.layers + i] for i, place in enumerate(self.places)}
+        layers = self._spec.layers
+        own = dict(zip(self.places[:layers], self.places[layers:], strict=True))
         for row in code:
             if row[0] == program.MATMUL and row[1] == program.FORESEEN:
                 row[column] = own[int(row[column])]
@@ -239,8 +241,10 @@ def run(args: argparse.Namespace) -> None:
             for name in names:
                 found = _in_a_process(args, name, ram)
                 if found is not None:
+                    print(_line(ram, name, found, speed), flush=True)
                     results.setdefault((ram, name), []).append(found)
     table = []
+    print("medians", flush=True)
     for (ram, name), runs in results.items():
         runs.sort(key=lambda r: r["tok_s"])
         middle = runs[len(runs) // 2]
@@ -291,8 +295,10 @@ def _memory_group(limit: int) -> Path | None:
         group = Path(root) / f"edgert-bench-{os.getpid()}"
         try:
             group.mkdir()
-            (group / file).write_text(str(limit))
-            return group
+            if (group / file).is_file():  # else a plain folder: no cgroups are mounted there
+                (group / file).write_text(str(limit))
+                return group
+            group.rmdir()
         except OSError:
             if group.is_dir():
                 group.rmdir()

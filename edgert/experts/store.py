@@ -34,7 +34,7 @@ _SMOOTH = 0.1
 """Of a new measurement in the running means of read and spare times."""
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
     """What `publish` said."""
 
     number: int
@@ -203,16 +203,17 @@ class ExpertStore:
             return True
         return self._read_ahead(request, ahead)
 
-    def _newest(self) -> _Request:
-        return self._request(int(words.newest_request(self.table, self.control)))
+    def _newest(self) -> Request:
+        return self.request(int(words.newest_request(self.table, self.control)))
 
-    def _request(self, number: int) -> _Request:
+    def request(self, number: int) -> Request:
+        """One of the last RING requests."""
         size = int(words.request_words(self.spec.experts))
         at = self.control + words.CONTROL + number % words.RING * size
         entry = self.table[at : at + size]
         count, known, experts = int(entry[words.COUNT]), int(entry[words.AHEAD]), self.spec.experts
         lists = entry[words.HEAD :]
-        return _Request(
+        return Request(
             number,
             int(entry[words.LAYER]),
             int(entry[words.ROWS]),
@@ -220,12 +221,12 @@ class ExpertStore:
             lists[2 * experts : 2 * experts + known].tolist(),
         )
 
-    def _note(self, newest: _Request) -> Sequence[int]:
+    def _note(self, newest: Request) -> Sequence[int]:
         """Take the statistics of all requests since the last; the prediction that follows from the newest."""
         ahead: list[int] = []
         size = int(words.request_words(self.spec.experts))
         for number in range(max(self._seen, newest.number - words.RING + 1) + 1, newest.number + 1):
-            request = self._request(number)
+            request = self.request(number)
             at = self.control + words.CONTROL + number % words.RING * size
             first = at + words.HEAD + self.spec.experts
             weights = self.table[first : first + self.spec.experts].astype(np.float64)
@@ -240,7 +241,7 @@ class ExpertStore:
             self._seen, self._ahead = newest.number, ahead
         return self._ahead
 
-    def _missing(self, request: _Request) -> list[int]:
+    def _missing(self, request: Request) -> list[int]:
         """What is not there and still needed; an expert that is computed may be gone again."""
         slots = self._slot[request.layer]
         return [
@@ -251,7 +252,7 @@ class ExpertStore:
     def _prefetching(self) -> bool:
         return self._predictor is not None and self.governor.on
 
-    def _read_ahead(self, request: _Request, ahead: Sequence[int]) -> bool:
+    def _read_ahead(self, request: Request, ahead: Sequence[int]) -> bool:
         """Read one predicted expert of the next layer; False where there is none, or no time for it."""
         layer = request.layer + 1
         if not self._prefetching or layer >= self.spec.layers or not self.spec.has_experts(layer):
@@ -270,7 +271,7 @@ class ExpertStore:
             self._counts["prefetched"] += 1
         return int(words.newest_request(self.table, self.control)) != request.number
 
-    def _load(self, layer: int, expert: int, request: _Request, ahead: Sequence[int]) -> bool:
+    def _load(self, layer: int, expert: int, request: Request, ahead: Sequence[int]) -> bool:
         """Read one expert into a slot. ahead: for a read that nobody waits for, the experts that are as
         welcome in the next layer; False if it would drive out something needed."""
         slot = self._free.pop() if self._free else self._vacate(request, layer if ahead else -1, ahead)
@@ -314,7 +315,7 @@ class ExpertStore:
         self._counts["bytes_read"] += size
         self._read_s += (_SMOOTH if self._read_s else 1) * (time.perf_counter() - began - self._read_s)
 
-    def _vacate(self, request: _Request, guarded: int, ahead: Sequence[int]) -> int | None:
+    def _vacate(self, request: Request, guarded: int, ahead: Sequence[int]) -> int | None:
         """Empty the slot whose expert is worth least, of those that nothing needs.
 
         guarded: for a read ahead, its layer, whose experts in `ahead` stay too; then None if none may go.
@@ -342,7 +343,7 @@ class ExpertStore:
             return slot
         return None
 
-    def _least_worth(self, request: _Request, guarded: int, ahead: Sequence[int]) -> tuple[int, int] | None:
+    def _least_worth(self, request: Request, guarded: int, ahead: Sequence[int]) -> tuple[int, int] | None:
         may_go = (self._slot >= 0) & ~self._pinned
         for i, expert in enumerate(request.experts):
             if may_go[request.layer, expert] and not self._is_finished(i, request):
@@ -358,7 +359,7 @@ class ExpertStore:
         best = int(np.lexsort((-turns, values))[0])
         return int(layers[best]), int(experts[best])
 
-    def _is_finished(self, i: int, request: _Request) -> bool:
+    def _is_finished(self, i: int, request: Request) -> bool:
         """Whether the i-th expert of the request is computed; all are when a newer one came."""
         if self.routes is None:  # nothing runs yet
             return False
@@ -376,7 +377,7 @@ class ExpertStore:
         for index in np.argsort(-uses, axis=None, kind="stable")[:count].tolist():
             layer, expert = divmod(index, self.spec.experts)
             if self.spec.has_experts(layer):
-                self._load(layer, expert, _Request(0, 0, 0, [], []), ())
+                self._load(layer, expert, Request(0, 0, 0, [], []), ())
                 self._pinned[layer, expert] = True
 
 

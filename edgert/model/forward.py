@@ -51,6 +51,7 @@ class Forward:
             builder.exit_head(layer)
             self._heads[layer] = start, builder.position
         code, reals = builder.table_of_operations()
+        self.code = code  # [operations, COLUMNS] what the program is, for tools
         self._hidden, self._chosen, self._logits = builder.hidden, builder.chosen, builder.logits
         self.state = state = RunState(builder.layout, config)
         self.waits = Waits()
