@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import pytest
 from numpy.typing import NDArray
 
 import edgert
-from edgert.cli.demo import bundled_model
-from edgert.config import QUANTS, Quant
+from edgert.cli.demo import FAMILY, WAYS, bundled_model
+from edgert.config import QUANTS, EngineConfig, Quant
 from edgert.evaluate import evaluate
 from edgert.format import ErtFile, ErtWriter, declared
 from edgert.kernels import packing
+from edgert.model.forward import Forward
+from edgert.state import Weights
+from edgert.tokenizer import Tokenizer
 
 GOLDENS = Path(__file__).parent / "goldens" / "bundled.json"
 NOISE = 0.002  # of the ratio of two perplexities on TEXT, where both are a percent or less from exact
@@ -200,7 +204,7 @@ def write_q4_0(source: Path, target: Path) -> None:
     gguf = pytest.importorskip("gguf")
     with ErtFile.open(source) as file:
         quants = {decl.name: "q4" for decl in declared(file.spec) if decl.role == "matrix"}
-        with ErtWriter(target, file.spec, quants, file.tokenizer_json()) as writer:
+        with ErtWriter(target, file.spec, quants, file.tokenizer_json(), file.metadata) as writer:
             for name, tensor in file.tensors.items():
                 if tensor.role == "vector":
                     writer.write(name, file.raw(name))
@@ -267,12 +271,76 @@ def divergence(expected: list[NDArray[np.float64]], path: Path) -> float:
     return total / sum(len(p) for p in expected)
 
 
+# ---- the family ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every bundled model, converted without loss."""
+    scratch, files = tmp_path_factory.mktemp("family"), {}
+    for name in FAMILY:
+        files[name] = scratch / f"{name}.ert"
+        with bundled_model(name) as folder:
+            edgert.convert(folder, files[name], "f16")
+    return files
+
+
+def test_the_family_speaks_the_same_tokens_and_has_cards() -> None:
+    tokenizers = set()
+    for name in FAMILY:
+        with bundled_model(name) as found:
+            tokenizers.add((found / "tokenizer.json").read_bytes())
+            assert (found / "README.md").read_text(encoding="utf-8").startswith(f"# {name}\n")
+    assert len(tokenizers) == 1
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_member_predicts_stories(name: str, family: dict[str, Path]) -> None:
+    assert perplexity(family[name]) < 40  # a uniform guess would be 4096
+
+
+@pytest.mark.compiled
+def test_the_draft_guesses_what_the_target_says(family: dict[str, Path]) -> None:
+    expected, found = predictions(family["target"]), predictions(family["draft"])
+    pairs = list(zip(expected, found, strict=True))
+    agreed = sum((p.argmax(-1) == q.argmax(-1)).sum() for p, q in pairs)
+    assert agreed / sum(len(p) for p in expected) > 0.45
+
+
+@pytest.mark.compiled
+def test_exits_that_are_sure_say_what_the_whole_model_says(family: dict[str, Path]) -> None:
+    """On text that neither training nor calibration saw, by the file's own promise."""
+    with ErtFile.open(family["target"]) as file:
+        tokenizer = Tokenizer(file.tokenizer_json() or b"")
+        forward = Forward(Weights.of_file(file), EngineConfig(1, file.spec.context, 64))
+        sure = agreed = 0
+        for story in STORIES:
+            forward.cache.rewind(0)
+            ids = tokenizer.encode(story)[:64]
+            layer = file.spec.exits[-1]
+            logits = forward.run(ids, layers=(0, layer), outputs=range(len(ids))).astype(np.float64)
+            whole = forward.run(ids, layers=(layer, file.spec.layers), outputs=range(len(ids)))
+            scaled = np.exp((logits - logits.max(-1, keepdims=True)) / file.exits[layer].temperature)
+            is_sure = scaled.max(-1) / scaled.sum(-1) >= 0.8
+            sure += int(is_sure.sum())
+            agreed += int((logits.argmax(-1) == whole.argmax(-1))[is_sure].sum())
+        promised = file.exits[layer].above(0.8)[1]
+        forward.close()
+    assert sure > 100
+    assert agreed / sure > promised - 0.08  # two standard errors of so few
+
+
 @pytest.mark.slow
 @pytest.mark.compiled
-def test_demo_shows_equal_tokens_everywhere(cli: Callable[..., Any], folder: Path) -> None:
+def test_demo_shows_equal_tokens_everywhere(cli: Callable[..., Any]) -> None:
     done = cli("demo")
     assert (done.status, done.err) == (0, "")
     assert "Once upon a time" in done.out
-    rows = [line.split() for line in done.out.splitlines() if line.split()[:1] and line.split()[0] in QUANTS]
-    assert {row[0] for row in rows} == set(QUANTS)
-    assert all(row[-1] != "NO" for row in rows)
+    rows = [line for line in done.out.splitlines() if re.match(r"(target|draft|moe) .* \d+\b", line)]
+    assert [row.split("  ")[0].split()[0] for row in rows] == [way.model for way in WAYS]
+    firsts = {way.model: way for way in reversed(WAYS)}.values()
+    for way, row in zip(WAYS, rows, strict=True):
+        assert way in firsts or "  all " in f"{row} " or "approximate" in row
+    shown = [line.split()[0] for line in done.out.splitlines() if line.split()[:1]]
+    assert set(QUANTS) <= set(shown)

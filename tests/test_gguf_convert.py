@@ -471,7 +471,7 @@ def test_values_no_writer_makes_are_rounded_and_reported(tmp_path: Path) -> None
 
 
 def test_the_bundled_model_gives_the_same_tokens(tmp_path: Path) -> None:
-    folder = Path(edgert.__file__).parent / "assets" / "stories"
+    folder = Path(edgert.__file__).parent / "assets" / "draft"
     gguf_files.export(folder, tmp_path / "m.gguf", "F16")
     edgert.convert(tmp_path / "m.gguf", tmp_path / "m.ert")
     original = Tokenizer((folder / "tokenizer.json").read_bytes())

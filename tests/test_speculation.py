@@ -158,7 +158,7 @@ def test_sampled_tokens_are_those_of_plain_decoding_with_the_same_seed(
 @pytest.mark.parametrize("tree", [3] if TWINS else [2, 3, 64])
 @pytest.mark.parametrize("always", [True, False])
 def test_the_bundled_model_with_itself_as_draft(tmp_path: Path, tree: int, always: bool) -> None:
-    folder = Path(str(resources.files("edgert") / "assets" / "stories"))
+    folder = Path(str(resources.files("edgert") / "assets" / "draft"))
     edgert.convert(folder, tmp_path / "target.ert", "q8")
     edgert.convert(folder, tmp_path / "target.draft.ert", "q4")
     prompt, count = "Once upon a time", 12 if TWINS else 120
@@ -483,7 +483,7 @@ SHIFTED = (  # The Tragedy of Coriolanus, act 1, scene 1: nothing that the bundl
 
 def write_shallow(folder: Path, layers: int) -> None:
     """The bundled model without its last layers: a draft that is often wrong in the same way."""
-    source = Path(str(resources.files("edgert") / "assets" / "stories"))
+    source = Path(str(resources.files("edgert") / "assets" / "target"))
     folder.mkdir()
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}), encoding="utf-8")
@@ -499,7 +499,7 @@ def write_shallow(folder: Path, layers: int) -> None:
 
 @pytest.mark.compiled
 def test_a_draft_learns_from_what_is_accepted_and_changes_nothing(tmp_path: Path) -> None:
-    edgert.convert(Path(str(resources.files("edgert") / "assets" / "stories")), tmp_path / "m.ert", "q8")
+    edgert.convert(Path(str(resources.files("edgert") / "assets" / "target")), tmp_path / "m.ert", "q8")
     write_shallow(tmp_path / "draft", 5)
     edgert.convert(tmp_path / "draft", tmp_path / "draft.ert", "q8")
     taken = {}

@@ -79,6 +79,13 @@ def test_wheel_holds_every_tracked_source_and_asset(tracked: list[Path], wheel: 
 
 
 @pytest.mark.slow
+def test_models_do_not_make_the_wheel_heavy(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        models = [entry for entry in archive.infolist() if "/assets/" in entry.filename]
+        assert 0 < sum(entry.compress_size for entry in models) < 15 * 10**6
+
+
+@pytest.mark.slow
 def test_wheel_is_pure_python_and_has_the_command(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -229,10 +229,10 @@ def logits(peer: str, models: tuple[Path, ...], count: int) -> None:
 
 def files(folder: Path, llama_cpp: Oracle) -> Iterator[Path]:
     """The files that are compared, written one by one."""
-    stories = ROOT / "edgert" / "assets" / "stories"
+    draft = ROOT / "edgert" / "assets" / "draft"
     for kind in KINDS:
-        path = folder / f"stories.{kind}.gguf"
-        gguf_files.export(stories, path, kind)
+        path = folder / f"draft.{kind}.gguf"
+        gguf_files.export(draft, path, kind)
         yield path
     for name in RANDOM:
         tiny_models.write_folder(folder / name, name)

@@ -1,22 +1,77 @@
-"""`edgert demo`: the bundled model through everything there is, in under a minute."""
+"""`edgert demo`: the bundled family through everything there is, in under a minute."""
 
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edgert.cli.options import size_text
-from edgert.config import Quant
+from edgert.config import QUANTS
 from edgert.converters import convert
+from edgert.events import Completion
+from edgert.handoff.setup import HandoffConfig
 from edgert.planner import cores
 from edgert.runtime import Model, load
 
 PROMPT = "Once upon a time"
+FAMILY = ("target", "draft", "moe")
 _TOKENS = 120
+_QUANT: Any = "q8"
+
+
+def bundled_model(name: str = "target") -> AbstractContextManager[Path]:
+    """The folder of a model that comes with edgert, as Hugging Face lays it out."""
+    return resources.as_file(resources.files("edgert") / "assets" / name)
+
+
+Files = Mapping[str, Path]
+"""The converted family, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to generate a text; unless it says otherwise, with the tokens of plain generation."""
+
+    name: str
+    model: str = "target"
+    options: Callable[[Files], dict[str, Any]] = field(default=lambda files: {})  # for `load`
+    saved: Callable[[Completion], str] = field(default=lambda done: "")  # what it did better than plain
+
+
+def _exits(done: Completion) -> str:
+    """How much of the upper layers an early exit spared."""
+    stats = done.stats
+    return f"{stats['exits']} of {len(done.tokens)} tokens answered after a part of the layers (approximate)"
+
+
+def _passes(done: Completion) -> str:
+    """How often the weights were read for a text that speculation wrote."""
+    passes = done.stats["verifications"] + done.stats["fallback_steps"]
+    return f"{len(done.tokens)} tokens in {passes} passes over the weights"
+
+
+WAYS = (
+    Way("plain"),
+    Way("all cores", options=lambda files: {"threads": cores()}),
+    Way("speculative, draft", options=lambda files: {"draft": files["draft"]}, saved=_passes),
+    Way("speculative, exits", options=lambda files: {"draft": "exit"}, saved=_passes),
+    Way("speculative, lookup", options=lambda files: {"draft": "lookup"}, saved=_passes),
+    Way(
+        "early exits, 98 %",
+        options=lambda files: {"handoff": HandoffConfig("local", agreement=0.98)},
+        saved=_exits,
+    ),
+    Way("plain", model="moe"),
+    Way("plain", model="draft"),
+)
+"""What the demo shows, in its order; the first way of a model is what the others are compared with."""
 
 
 @click.command("demo")
@@ -24,28 +79,30 @@ _TOKENS = 120
     "-p", "--prompt", default=PROMPT, show_default=True, metavar="TEXT", help="How the story begins."
 )
 def demo_command(prompt: str) -> None:
-    """Convert the bundled story model and let it write, in every precision and thread count."""
-    with bundled_model() as folder, tempfile.TemporaryDirectory() as scratch:
-        first = Path(scratch) / "stories-q4.ert"
-        print(f"The bundled model, {folder.name}, converted to our own format and run.")
+    """Convert the bundled family and let it write, plainly and with every acceleration."""
+    with tempfile.TemporaryDirectory() as scratch:
+        files = _convert_family(Path(scratch))
         began = time.perf_counter()
-        report = convert(folder, first, "q4")
-        print(
-            f"convert  {report.parameters / 1e6:.2f} M weights to {size_text(report.file_bytes)} at "
-            f"{report.bits_per_weight:.2f} bits per weight, {time.perf_counter() - began:.1f} s"
-        )
-        began = time.perf_counter()
-        with load(first, threads=1) as model:
+        with load(files["target"], threads=1) as model:
             model.generate(prompt, max_tokens=1)
             seconds = time.perf_counter() - began
             print(f"start    {seconds:.1f} s (compiles the kernels where they are not cached)\n")
             _tell(model, prompt)
-        _compare(folder, Path(scratch), prompt)
+        _show_ways(files, prompt)
+        _show_precisions(Path(scratch), prompt)
 
 
-def bundled_model() -> AbstractContextManager[Path]:
-    """The folder of the model that comes with edgert, as Hugging Face lays it out."""
-    return resources.as_file(resources.files("edgert") / "assets" / "stories")
+def _convert_family(scratch: Path) -> dict[str, Path]:
+    files = {}
+    for name in FAMILY:
+        files[name] = scratch / f"{name}.ert"
+        with bundled_model(name) as folder:
+            report = convert(folder, files[name], _QUANT)
+        print(
+            f"convert  {name:<7} {report.parameters / 1e6:5.2f} M weights to {size_text(report.file_bytes)}, "
+            f"{report.seconds:.1f} s"
+        )
+    return files
 
 
 def _tell(model: Model, prompt: str) -> None:
@@ -56,18 +113,42 @@ def _tell(model: Model, prompt: str) -> None:
     sys.stdout.flush()
 
 
-def _compare(folder: Path, scratch: Path, prompt: str) -> None:
-    """The same story in every precision and on every thread count: speed, and whether it is the same."""
-    print(f"{'weights':<8} {'size':>10} {'threads':>8} {'tokens/s':>9}  tokens equal to one thread's")
-    quants: tuple[Quant, ...] = ("f32", "f16", "q8", "q4")
-    for quant in quants:
-        path = scratch / f"stories-{quant}.ert"
-        size = convert(folder, path, quant).file_bytes
-        alone: tuple[int, ...] = ()
-        for threads in sorted({1, cores()}):
-            with load(path, threads=threads) as model:
-                done = model.generate(prompt, max_tokens=_TOKENS)
-            alone = alone or done.tokens
-            same = "" if threads == 1 else ("yes" if done.tokens == alone else "NO")
-            rate = done.timings.decode_tok_s
-            print(f"{quant:<8} {size_text(size):>10} {threads:>8} {rate:>9.0f}  {same}")
+def _show_ways(files: Files, prompt: str) -> None:
+    """The same story, greedily, by every way: its speed, whether it is the same, and what was saved."""
+    print(f"{'model':<7} {'way':<20} {'tokens/s':>9}  {'as plain':<11} what was saved")
+    plain: dict[str, Completion] = {}
+    for way in WAYS:
+        options = {"threads": 1} | way.options(files)
+        with load(files[way.model], **options) as model:
+            done = model.generate(prompt, max_tokens=_TOKENS)
+        first = plain.setdefault(way.model, done)
+        same = "" if first is done else _alike(first.tokens, done.tokens)
+        rate = done.timings.decode_tok_s
+        print(
+            f"{way.model:<7} {way.name:<20} {rate:>9.0f}  {same:<11} {way.saved(done)}".rstrip(), flush=True
+        )
+    for name in FAMILY[1:]:
+        print(f"\n{name} writes:\n{prompt}{plain[name].text}")
+    print()
+
+
+def _show_precisions(scratch: Path, prompt: str) -> None:
+    """The target in every precision: its size and speed, and where the story parts from that of f32."""
+    print(f"{'weights':<8} {'size':>10} {'tokens/s':>9}  tokens as with f32")
+    exact: tuple[int, ...] = ()
+    for quant in QUANTS:
+        path = scratch / f"target-{quant}.ert"
+        with bundled_model() as folder:
+            size = convert(folder, path, quant).file_bytes
+        with load(path, threads=1) as model:
+            done = model.generate(prompt, max_tokens=_TOKENS)
+        exact = exact or done.tokens
+        rate = done.timings.decode_tok_s
+        print(f"{quant:<8} {size_text(size):>10} {rate:>9.0f}  {_alike(exact, done.tokens)}", flush=True)
+
+
+def _alike(expected: tuple[int, ...], found: tuple[int, ...]) -> str:
+    """How far two texts go together."""
+    pairs = enumerate(zip(expected, found, strict=False))
+    first = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
+    return "all" if found == expected else f"{first} of {len(expected)}"

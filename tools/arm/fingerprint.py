@@ -65,21 +65,17 @@ def _tiny(label: str, file: Path, kv: KvType) -> None:
 
 
 def _bundled(scratch: Path) -> None:
-    """A story of the bundled model, and the logits along it."""
-    folder = resources.files("edgert") / "assets" / "stories"
-    if not (folder / "config.json").is_file():
-        print("stories: not in this checkout")
-        return
-    file = scratch / "stories-q4.ert"
-    with resources.as_file(folder) as source:
+    """A story of the bundled target, and the logits along it."""
+    file = scratch / "target-q4.ert"
+    with resources.as_file(resources.files("edgert") / "assets" / "target") as source:
         edgert.convert(source, file, "q4")
-    print(f"stories q4 file={_digest(file.read_bytes())}", flush=True)
+    print(f"target q4 file={_digest(file.read_bytes())}", flush=True)
     for threads in THREADS:
         began = time.perf_counter()
         with edgert.load(file, threads=threads) as model:
             tokens = model.generate(STORY, max_tokens=STORY_TOKENS).tokens
             logits = model.logits([*model.tokenizer.encode(STORY), *tokens])
-        _result(f"stories q4 kv=f16 threads={threads}", logits, tokens, began)
+        _result(f"target q4 kv=f16 threads={threads}", logits, tokens, began)
 
 
 def _result(label: str, logits: np.ndarray, tokens: Sequence[int], began: float) -> None:

@@ -18,7 +18,8 @@ from .prepare import SMOKE, Workshop, matrix_parameters
 from .report import bars, render
 from .results import Group, Model, Results
 
-STORIES = Path(edgert.__file__).parent / "assets" / "stories"
+DRAFT = Path(edgert.__file__).parent / "assets" / "draft"
+"""The bundled model that peers run too: llama.cpp has no ReLU for the target's layout."""
 SMALL_COUNTS = Counts(prompt=256, generate=256, depth=0, rows=(), stream=False)
 """A small model has a short context, and its tests are over in milliseconds."""
 SMOKE_COUNTS = Counts(prompt=32, generate=8, depth=128, rows=(1, 4, 8), stream=True)
@@ -145,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--peers-python", default=sys.executable, help="interpreter with the packages of the extra `peers`")
     add("--work-dir", type=Path, default=Path("build/bench_peers"), help="takes the models: some GB")
     add("--shape", default="llama-3.2-1b", help="shape of random weights; empty for none")
-    add("--small", type=Path, default=STORIES, help="Hugging Face folder of a small real model")
+    add("--small", type=Path, default=DRAFT, help="Hugging Face folder of a small real model")
     add("--threads", type=_numbers, default=(1, 2), help="numbers of threads, with commas between")
     add("--repeats", type=int, default=7, help="rounds")
     add("--prompt", type=int, default=512, help="tokens of the prompt test")
