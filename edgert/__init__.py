@@ -9,11 +9,13 @@ from edgert.config import ModelSpec, QuantSpec, SamplingParams
 from edgert.converters import convert
 from edgert.errors import EdgertError
 from edgert.events import Completion, TokenEvent
+from edgert.handoff.setup import HandoffConfig
 from edgert.runtime import Model, load
 
 __all__ = [
     "Completion",
     "EdgertError",
+    "HandoffConfig",
     "Model",
     "ModelSpec",
     "QuantSpec",

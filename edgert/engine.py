@@ -40,7 +40,7 @@ class Engine:
         """
         shared = self.sequence.begin(prompt, sampler)
         self.report = self.decoder.begin(self.sequence)
-        return shared
+        return min(shared, self.forward.cache.length)  # a decoder may have no use for some of them
 
     def step(self) -> list[Commit]:
         """Compute one more chunk of the prompt, or let the decoder advance; the tokens committed."""

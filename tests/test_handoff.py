@@ -171,6 +171,35 @@ def test_an_agreement_of_one_never_exits_and_a_low_one_often_does(files: Files, 
     assert shares[0] == 0 and shares[0] <= shares[1] <= shares[2] and shares[2] > 20
 
 
+def test_a_schedule_leaves_ever_earlier_and_each_token_is_its_layer_s(files: Files) -> None:
+    prompt = random_tokens("schedule", 20, 80)
+    config = HandoffConfig("local", schedule=1)
+    with edgert.load(files.whole, threads=1, chunk=8, handoff=config) as model:
+        stream = model.stream(prompt, max_tokens=12, repetition_penalty=1.5)
+        given = list(stream)
+        stats = stream.completion().stats
+        # Another text that begins the same: what left early is of no use to it.
+        longer = [*prompt, *(e.token for e in given[:8])]
+        again = model.generate(longer, max_tokens=1)
+    levels = [3] * 4 + [2] * 4 + [1] * 4
+    assert [e.source for e in given] == ["model"] * 4 + ["exit"] * 8
+    assert stats["exits"] == 8 and stats["layer_tokens"] == 3 * (20 + 3) + 2 * 4 + 4
+    assert again.stats["cached_prompt_tokens"] == 23
+    assert list(again.tokens) == tokens(files.whole, longer, max_tokens=1)
+    text = [*prompt, *(event.token for event in given)][:-1]
+    with ErtFile.open(files.whole) as file:
+        forward = Forward(Weights.of_file(file), EngineConfig(1, 64, 64))
+        for index, (event, level) in enumerate(zip(given, levels, strict=True)):
+            # An earlier row had at least these layers, so one pass through them is the same.
+            row = len(prompt) - 1 + index
+            forward.cache.rewind(0)
+            logits = forward.run(text[: row + 1], layers=(0, level), outputs=[row])[0].astype(np.float64)
+            seen = sorted(set(text[: row + 1]))
+            logits[seen] = np.where(logits[seen] > 0, logits[seen] / 1.5, logits[seen] * 1.5)
+            assert int(logits.argmax()) == event.token, index
+        forward.close()
+
+
 # ---- modes -----------------------------------------------------------------------------------
 
 
@@ -271,6 +300,9 @@ def test_another_model_s_edge_is_refused(files: Files, cloud: Server, tmp_path: 
         ("whole", {"mode": "local", "agreement": 2.0}, "agreement is 2; expected"),
         ("whole", {"mode": "local", "budget": -1.0}, "budget is -1; expected"),
         ("whole", {"mode": "local", "budget": 0.5, "agreement": 0.5}, "give one of them"),
+        ("whole", {"mode": "local", "schedule": 3}, r"schedule is 3; expected one of the exits \[1, 2\]"),
+        ("edge", {"mode": "local", "schedule": 1}, "of a whole model"),
+        ("whole", {"mode": "local", "schedule": 1, "budget": 0.1}, "takes the place of"),
         ("whole", {"mode": "remote"}, "mode is 'remote'; expected one of local"),
         ("whole", {"mode": "local", "wire": "f8"}, "wire is 'f8'; expected one of f32"),
     ],

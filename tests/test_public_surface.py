@@ -16,6 +16,14 @@ from edgert import errors
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "grpc", "ray", "huggingface_hub", "gguf")
 NEED_TORCH = {f"edgert.training.{name}" for name in ("draft", "exits", "run", "teacher")}
+NEED_CLOUD = {
+    f"edgert.handoff.{name}"
+    for name in (
+        *("batches", "certs", "drafted", "handoff_pb2", "link", "metrics", "remote", "server", "service"),
+        *("sessions", "transport", "wire"),
+    )
+}
+NEED_EXTRAS = NEED_TORCH | NEED_CLOUD
 ONLY_INSIDE = ("kernels", "converters", "devices")
 
 
@@ -23,6 +31,7 @@ def test_public_names_are_these() -> None:
     assert edgert.__all__ == [
         "Completion",
         "EdgertError",
+        "HandoffConfig",
         "Model",
         "ModelSpec",
         "QuantSpec",
@@ -64,10 +73,10 @@ def test_import_brings_no_heavy_library_and_each_module_once() -> None:
 
 def test_every_module_imports_under_its_own_name() -> None:
     names = {found.name for found in pkgutil.walk_packages(edgert.__path__, "edgert.")}
-    for name in names - {"edgert.__main__"} - NEED_TORCH:
+    for name in names - {"edgert.__main__"} - NEED_EXTRAS:
         assert importlib.import_module(name).__name__ == name
     # In an interpreter of its own: other tests import libraries, and theirs may have such names.
-    code = "\n".join(f"import {name}" for name in names - {"edgert.__main__"} - NEED_TORCH)
+    code = "\n".join(f"import {name}" for name in names - {"edgert.__main__"} - NEED_EXTRAS)
     assert not set(ONLY_INSIDE) & set(modules_of(code))
 
 
@@ -75,6 +84,13 @@ def test_every_module_imports_under_its_own_name() -> None:
 def test_what_needs_torch_imports_where_it_is(name: str) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
+    assert importlib.import_module(name).__name__ == name
+
+
+@pytest.mark.parametrize("name", sorted(NEED_CLOUD))
+def test_what_needs_grpc_imports_where_it_is(name: str) -> None:
+    pytest.importorskip("grpc")
+    pytest.importorskip("cryptography")
     assert importlib.import_module(name).__name__ == name
 
 

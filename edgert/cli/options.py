@@ -84,6 +84,12 @@ def handoff_options(function: Command) -> Command:
             show_default=True,
             help="Precision of hidden values on the wire; f32 is exact.",
         ),
+        click.option(
+            "--schedule",
+            type=int,
+            metavar="LAYER",
+            help="Leave ever earlier, down to this exit, sure or not.",
+        ),
         click.option("--layer", type=int, help="Of a file that was not split: where the upper layers begin."),
         click.option(
             "--exit-rule",
@@ -112,7 +118,7 @@ def handoff_options(function: Command) -> Command:
 
 def handoff_config(options: dict[str, Any]) -> HandoffConfig | None:
     """What the options say; None where nothing of a hand-off was asked for."""
-    wanted = ("cloud", "mode", "agreement", "budget", "layer")
+    wanted = ("cloud", "mode", "agreement", "budget", "layer", "schedule")
     if all(options[name] is None for name in wanted):
         return None
     mode: Mode = options["mode"] or ("local" if options["cloud"] is None else "collaborative")
@@ -123,6 +129,7 @@ def handoff_config(options: dict[str, Any]) -> HandoffConfig | None:
         budget=options["budget"],
         rule=options["exit_rule"],
         layer=options["layer"],
+        schedule=options["schedule"],
         wire=options["wire"],
         deadline_s=options["deadline"],
         tls=options["tls"],

@@ -14,6 +14,7 @@ from edgert.format.tensors import TOKENIZER
 from edgert.handoff.calibration import calibration_of
 from edgert.handoff.decoder import ExitPolicy, HandOff
 from edgert.handoff.rules import RULES, RuleName, threshold_for_agreement, threshold_for_budget
+from edgert.handoff.schedule import Scheduled
 from edgert.handoff.states import WIRES, Wire
 from edgert.handoff.upper import LocalUpper, Upper
 
@@ -41,6 +42,7 @@ class HandoffConfig:
     budget: float | None = None  # tokens that may be handed over
     rule: RuleName = "top"
     layer: int | None = None  # of a file that was not split: where the upper part begins
+    schedule: int | None = None  # leave ever earlier, down to the exit after so many layers (schedule.py)
     wire: Wire = "f32"
     deadline_s: float = 2.0
     tls: Path | None = None  # folder of `edgert certs`
@@ -54,6 +56,9 @@ class HandoffConfig:
             raise OptionError(f"exit rule is {self.rule!r}; expected one of {', '.join(RULES)}")
         if self.mode != "local" and self.cloud is None:
             raise OptionError(f"mode {self.mode} needs the cloud half's address; give --cloud HOST:PORT")
+        thresholds = self.agreement, self.budget, self.layer
+        if self.schedule is not None and (self.mode != "local" or thresholds != (None, None, None)):
+            raise OptionError("a schedule takes the place of agreement, budget and layer, in mode local only")
         if self.agreement is not None and self.budget is not None:
             raise OptionError("agreement and budget both choose the threshold; give one of them")
         if not 0 < self.deadline_s < 3600:
@@ -90,11 +95,23 @@ def make_decoder(file: ErtFile, config: HandoffConfig) -> Decoder:
         if spec.part or TOKENIZER not in file.tensors:
             raise OptionError(f"{file.path}: mode draft needs a whole model with a tokenizer")
         return Drafted(_link(file, config, 0))
+    if config.schedule is not None:
+        return _scheduled(file, config.schedule)
     layer = _layer(spec, config)
     policy = _policy(file, config, layer)
     if policy is None and config.mode == "local":
         raise OptionError(f"{file.path} has no exits up to layer {layer}; train some: edgert train exits")
     return HandOff(layer, policy, _upper(file, config, layer))
+
+
+def _scheduled(file: ErtFile, least: int) -> Decoder:
+    spec = file.spec
+    if spec.part or least not in spec.exits:
+        raise OptionError(
+            f"schedule is {least}; expected one of the exits {list(spec.exits)} of a whole model, such as "
+            "`edgert train exits` makes"
+        )
+    return Scheduled([*(k for k in spec.exits if k >= least), spec.layers])
 
 
 def _upper(file: ErtFile, config: HandoffConfig, layer: int) -> Upper | None:
