@@ -4,8 +4,6 @@ No tensor is ever whole in memory, so the peak does not depend on the size of th
 """
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +27,7 @@ from edgert.errors import OptionError
 from edgert.format import ErtWriter, StoredTensor, declared
 from edgert.format.tensors import TOKENIZER, matrices_in
 from edgert.kernels.packing import BLOCK, pack_floats, pack_q4, pack_q8
+from edgert.resident import peak_rss_bytes
 
 # Weights of one slab, 4 MB as float32: about 30 MB with everything derived from it. Smaller slabs
 # spend their time on calls, larger ones leave the cache and gain nothing.
@@ -175,9 +174,3 @@ def encode(
         half = weights.astype(np.float16)
         return pack_floats(half), half.astype(np.float32)
     return pack_floats(weights), None
-
-
-def peak_rss_bytes() -> int:
-    """The most resident memory this process had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from edgert.config import ModelSpec, Quant, QuantSpec
 from edgert.converters.dispatch import convert
-from edgert.converters.pipeline import peak_rss_bytes
 from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.errors import OptionError
 from edgert.format import ErtFile, ErtWriter
 from edgert.format.identity import MODEL_KEY, identity
 from edgert.format.rewrite import copy_tensors
 from edgert.format.tensors import TOKENIZER, declared
+from edgert.resident import peak_rss_bytes
 
 
 def split(

@@ -374,7 +374,7 @@ def test_doctor_says_what_there_is(cli: Cli) -> None:
     assert (done.status, done.err) == (0, "")
     named = [line.split()[0] for line in done.out.splitlines()]
     assert named[:6] == ["edgert", "libraries", "cpu", "kernels", "cache", "tiling"]
-    assert set(named[6:]) <= {"problem"}
+    assert set(named[6:]) <= {"flash", "problem"}
 
 
 def test_doctor_names_a_cache_that_cannot_be_kept(tmp_path: Path) -> None:

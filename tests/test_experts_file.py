@@ -99,13 +99,14 @@ def test_doctor_tells_whether_reads_pass_the_page_cache(cli: Callable[..., input
 
 
 PEAK = """
-import json, resource, sys
+import json, sys
 import edgert
+from edgert.resident import peak_rss_bytes
 path, ram = sys.argv[1], int(sys.argv[2])
 with edgert.load(path, ram=ram, context=512, threads=2) as model:
     done = model.generate(list(range(0, 2000, 5)), max_tokens=24, temperature=2.0, seed=1)
     slots = model.config.expert_slots
-print(json.dumps([slots, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, done.stats]))
+print(json.dumps([slots, peak_rss_bytes(), done.stats]))
 """
 
 

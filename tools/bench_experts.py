@@ -18,7 +18,6 @@ many of ours as make the number up, so that shares of reuse and of right guesses
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -35,6 +34,7 @@ from edgert.kernels import program
 from edgert.model.forward import Forward
 from edgert.model.shapes import shape, write_random
 from edgert.planner import parse_size, plan
+from edgert.resident import peak_rss_bytes
 from edgert.state import Weights
 from edgert.tokenizer import Tokenizer
 
@@ -196,8 +196,7 @@ def case(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - began
     stats = forward.store.report(before or {}) if forward.store else {}
     forward.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = {"tok_s": args.tokens / seconds, "seconds": seconds, "peak_rss_bytes": peak, **stats}
+    found = {"tok_s": args.tokens / seconds, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), **stats}
     print(json.dumps(found))
 
 

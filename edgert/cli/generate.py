@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from edgert.cli.options import (
 )
 from edgert.events import Completion
 from edgert.generation import Generation
+from edgert.resident import peak_rss_bytes
 from edgert.runtime import Model, load
 
 INTERRUPTED = 130
@@ -147,9 +147,3 @@ def _as_json(done: Completion, load_s: float) -> dict[str, Any]:
         "memory": {"peak_rss_bytes": peak_rss_bytes()},
         "stats": done.stats,
     }
-
-
-def peak_rss_bytes() -> int:
-    """The most resident memory this process had, in bytes (Linux counts in KiB)."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

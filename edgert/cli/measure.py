@@ -12,7 +12,6 @@ import click
 
 from edgert.bench import BenchRow, run_tests, token_time
 from edgert.bench_draft import draft_rows
-from edgert.cli.generate import peak_rss_bytes
 from edgert.cli.options import FILE, engine_options, size_text
 from edgert.config import QUANTS, Quant
 from edgert.engine import Engine
@@ -21,6 +20,7 @@ from edgert.evaluate import evaluate, read_documents
 from edgert.format import ErtFile
 from edgert.model.shapes import SHAPES, parameters, planned, random_weights, shape
 from edgert.planner import plan, require_memory
+from edgert.resident import peak_rss_bytes
 from edgert.runtime import load
 from edgert.state import MAX_OUTPUTS, Weights
 
