@@ -1,6 +1,7 @@
 """Drafting with a forward pass: a draft model, or the target's own lower layers."""
 
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ _FIRST_HIT = 0.6
 """Share of best guesses taken to come true before any was seen."""
 
 
-class ForwardDrafter:
+class ForwardDrafter(ABC):
     """Grows a tree best node first, some nodes per forward (EAGLE-2, section 4.1: expansion).
 
     A node is expanded when what it may add is worth its share of a draft forward and the rows it adds
@@ -97,7 +98,7 @@ class ForwardDrafter:
         self._open = [places[node] for node in self._open if node in places]
         self._guessed = {places[node]: said for node, said in self._guessed.items() if node in places}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most hold nothing
         """Nothing is held."""
 
     def _forget(self) -> None:
@@ -178,26 +179,26 @@ class ForwardDrafter:
             if node in self._guessed:
                 self._correction.learn(*self._guessed[node], token)
 
+    @abstractmethod
     def _room(self) -> int:
         """How many more rows the draft can hold."""
-        raise NotImplementedError
 
     def _catch_up(self, sequence: TokenSequence) -> float:
         """Compute what was missed, but for the newest tokens; the seconds it took."""
         return 0.0
 
+    @abstractmethod
     def _run_root(self, sequence: TokenSequence) -> NDArray[np.float32]:
         """Logits [V] after the sequence's newest token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _run_rows(self, tokens: list[int], parents: list[int], behind: int) -> NDArray[np.float32]:
         """Logits [T, V] after rows of the draft's tree; parent -1 is the root."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _features(self, count: int) -> NDArray[np.float32]:
         """What the logits of the last `count` rows were made of [T, D]: a view."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _keep(self, rows: list[int]) -> None:
         """These rows, from the top, are part of the sequence now; the others are forgotten or grow on."""
-        raise NotImplementedError
