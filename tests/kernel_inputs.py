@@ -237,7 +237,7 @@ def start_python(code: str, *arguments: str, **environment: str | None) -> "subp
     )
 
 
-def finish(process: "subprocess.Popen[str]", limit: float = 300) -> tuple[str, str]:
+def finish(process: "subprocess.Popen[str]", limit: float = 800) -> tuple[str, str]:
     """(stdout, stderr) of a process that must end well."""
     try:
         out, err = process.communicate(timeout=limit)
