@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import EdgertError, LinkError
-from edgert.handoff.handoff_pb2 import Answer, Token
+from edgert.handoff.handoff_pb2 import Answer
 from edgert.handoff.metrics import Metrics
 from edgert.handoff.sessions import RefusedError, Session
+from edgert.handoff.wire import choice_message
 from edgert.model.forward import Forward
 from edgert.sampling import Choice
 from edgert.state import MAX_OUTPUTS
@@ -240,7 +241,7 @@ class Batches:
         question, session, rows = share.question, share.question.session, len(share.tokens)
         for choice in choices[:-1]:  # the guesses that were right are rows of the session now
             _append(session, choice.token)
-        answer = Answer(rows=rows, tokens=map(_token, choices), layer_tokens=session.layer_tokens)
+        answer = Answer(rows=rows, tokens=map(choice_message, choices), layer_tokens=session.layer_tokens)
         session.answers[rows] = answer
         self._metrics.answers.inc(len(choices))
         question.give(answer)
@@ -265,13 +266,3 @@ def _child(question: Question, node: int, token: int) -> int:
 def _append(session: Session, token: int) -> None:
     session.tokens.append(token)
     session.chain.append(token, b"")
-
-
-def _token(choice: Choice) -> Token:
-    ids = [token for token, _ in choice.top]
-    return Token(
-        id=choice.token,
-        logprob=choice.logprob,
-        top_ids=ids,
-        top_logprobs=[logprob for _, logprob in choice.top],
-    )

@@ -23,7 +23,7 @@ from edgert.handoff.handoff_pb2 import STATES_NONE, Ask, Draft, FromCloud, FromE
 from edgert.handoff.states import Chain, Wire, encode, row_bytes
 from edgert.handoff.transport import OPTIONS, Address, Certificates, check_secure
 from edgert.handoff.upper import Failure
-from edgert.handoff.wire import METHOD, STATES_OF, VERSION
+from edgert.handoff.wire import METHOD, STATES_OF, VERSION, read_choice, sampling_message
 from edgert.sampling import Choice, Sampler
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
@@ -99,21 +99,11 @@ class Link:
 
     def begin(self, keep: int, sampler: Sampler, prompt: int) -> None:
         """Begin a sequence whose first `keep` rows are those of the one before; `prompt` tokens are given."""
-        params = sampler.params
         with self._state:
             del self._tokens[keep:], self._states[keep:]
             self._chain.cut(keep)
             self._held = min(self._held, keep)
-            self._sampling = Sampling(
-                temperature=params.temperature,
-                top_k=params.top_k,
-                top_p=params.top_p,
-                min_p=params.min_p,
-                repetition_penalty=params.repetition_penalty,
-                presence_penalty=params.presence_penalty,
-                seed=sampler.seed & (1 << 64) - 1,
-                logprobs=params.logprobs,
-            )
+            self._sampling = sampling_message(sampler)
             self._prompt = prompt
             self._question, self._answers = None, {}
             self.bytes_up = self.bytes_down = self.layer_tokens = self.reconnects = 0
@@ -362,7 +352,7 @@ class Link:
                 self._held = min(self._held, message.resend.rows)
                 stream.sent, stream.asked = min(stream.sent, message.resend.rows), 0
             elif kind == "answer":
-                choices = [self._choice(token) for token in message.answer.tokens]
+                choices = [read_choice(token, self._vocab) for token in message.answer.tokens]
                 self._count_layers(message.answer.layer_tokens)
                 if choices:
                     self._answers[message.answer.rows] = choices
@@ -372,9 +362,3 @@ class Link:
         """The cloud counts for as long as it holds the session; what is new belongs to this sequence."""
         self.layer_tokens += total - self._counted if total >= self._counted else total
         self._counted = total
-
-    def _choice(self, token: Any) -> Choice:
-        ids = [token.id, *token.top_ids]
-        if max(ids) >= self._vocab or len(token.top_ids) != len(token.top_logprobs):
-            raise LinkError(f"the cloud answered token {max(ids)}, expected one of {self._vocab}")
-        return Choice(token.id, token.logprob, tuple(zip(token.top_ids, token.top_logprobs, strict=True)))

@@ -13,11 +13,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.config import SamplingParams
 from edgert.errors import EdgertError, LinkError
 from edgert.handoff.handoff_pb2 import STATES_NONE, Answer, Ask, Draft, Hello, Rows
 from edgert.handoff.states import Chain, Wire, decode, row_bytes
-from edgert.handoff.wire import VERSION, WIRE_OF
+from edgert.handoff.wire import VERSION, WIRE_OF, read_sampling
 from edgert.kv_cache import KvCache
 from edgert.sampling import Sampler
 
@@ -102,7 +101,7 @@ class Sessions:
 
         It holds the rows the edge says still hold, if their hash agrees, and forgets the rest.
         """
-        sampler = Sampler(_sampling(hello), self._vocab)
+        sampler = self._sampler(hello)
         wire = WIRE_OF.get(hello.states)
         key = client, hello.session
         session = self._all.get(key)
@@ -236,6 +235,12 @@ class Sessions:
             self.evict(min(idle, key=lambda s: (s.stream is not None, s.used)))
         return bool(idle)
 
+    def _sampler(self, hello: Hello) -> Sampler:
+        try:
+            return Sampler(read_sampling(hello.sampling), self._vocab)
+        except EdgertError as error:
+            raise RefusedError("malformed", str(error)) from None
+
     def _touch(self, session: Session) -> None:
         session.used = self._clock()
 
@@ -279,20 +284,3 @@ def check_hello(hello: Hello, model: str, tokenizer: str, first_layer: int, laye
     if not first_layer <= hello.layer < layers or (first_layer and hello.layer != first_layer):
         held = f"layers {first_layer} to {layers}"
         raise RefusedError("mismatch", f"rows enter at layer {hello.layer}; the cloud holds {held}")
-
-
-def _sampling(hello: Hello) -> SamplingParams:
-    s = hello.sampling
-    try:
-        return SamplingParams(
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            min_p=s.min_p,
-            repetition_penalty=s.repetition_penalty,
-            presence_penalty=s.presence_penalty,
-            seed=s.seed,
-            logprobs=s.logprobs,
-        )
-    except EdgertError as error:
-        raise RefusedError("malformed", str(error)) from None
