@@ -4,7 +4,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -16,8 +16,10 @@ from edgert.cli.options import size_text
 from edgert.config import QUANTS
 from edgert.converters import convert
 from edgert.events import Completion
+from edgert.format import ErtFile
+from edgert.format.layout import page_padded
 from edgert.handoff.setup import HandoffConfig
-from edgert.planner import cores
+from edgert.planner import BASE_BYTES, cores, plan, run_bytes
 from edgert.runtime import Model, load
 
 PROMPT = "Once upon a time"
@@ -57,6 +59,22 @@ def _passes(done: Completion) -> str:
     return f"{len(done.tokens)} tokens in {passes} passes over the weights"
 
 
+def _room_for_half(path: Path) -> int:
+    """The `ram` in which half of a model's experts fit."""
+    with closing(ErtFile.open(path)) as file:
+        experts = sum(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert")
+        config = plan(file.spec, file.size, threads=1)
+        return BASE_BYTES + run_bytes(file.spec, config) + file.size - experts // 2
+
+
+def _reads(done: Completion) -> str:
+    """What was read from the file instead of being held."""
+    stats = done.stats
+    hits, read = stats["expert_hits"], stats["bytes_read"]
+    share = hits / (hits + stats["expert_misses"])
+    return f"half of the experts in memory: {share:.0%} found there, {size_text(read)} read"
+
+
 WAYS = (
     Way("plain"),
     Way("all cores", options=lambda files: {"threads": cores()}),
@@ -69,6 +87,7 @@ WAYS = (
         saved=_exits,
     ),
     Way("plain", model="moe"),
+    Way("streamed experts", "moe", lambda files: {"ram": _room_for_half(files["moe"])}, _reads),
     Way("plain", model="draft"),
 )
 """What the demo shows, in its order; the first way of a model is what the others are compared with."""
