@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from edgert.kernels import program, team
+from edgert.kernels import execute, team
 from edgert.kernels.jit import JIT
 
 _WAKE_WAIT = 0.002
@@ -42,7 +42,7 @@ class _Bell:
 class Team:
     """Threads that execute programs over one fixed set of arrays. Close it, or leave it to the collector.
 
-    `arrays` are the arguments of `program.enter` from `code` to `job`. With the JIT off the caller's
+    `arrays` are the arguments of `execute.enter` from `code` to `job`. With the JIT off the caller's
     thread works alone.
     """
 
@@ -62,7 +62,7 @@ class Team:
         if self.workers:
             self._rouse()
         began = time.perf_counter()
-        program.enter(0, self.workers, *self._arguments)
+        execute.enter(0, self.workers, *self._arguments)
         self.seconds += time.perf_counter() - began
 
     def close(self) -> None:
@@ -109,4 +109,4 @@ def _serve(worker: int, workers: int, arguments: tuple[Any, ...], bell: _Bell) -
         bell.wait()
         if bell.closing:
             return
-        program.enter(worker, workers, *arguments)
+        execute.enter(worker, workers, *arguments)

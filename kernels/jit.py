@@ -32,7 +32,7 @@ JIT: bool = not config.DISABLE_JIT
 """False under NUMBA_DISABLE_JIT=1: every kernel is then its NumPy twin."""
 
 ENTRY = "enter"
-"""The function that everything else is compiled into (program.py): a person waits for this one."""
+"""The function that everything else is compiled into (execute.py): a person waits for this one."""
 
 _log = logging.getLogger("edgert.kernels")
 _root: Path | None = None  # set by `use_cache_root`; None: the user's cache folder

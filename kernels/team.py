@@ -1,4 +1,4 @@
-"""The thread team: threads that execute one program together (see program.py).
+"""The thread team: threads that execute one program together (see execute.py).
 
 Why not numba's `prange`: its launch costs 24 to 130 us, a spin barrier 0.2 us. Each worker is a
 Python thread that stays in compiled code, without the interpreter lock, as long as work keeps

@@ -91,7 +91,7 @@ def test_the_tiling_changes_no_bit() -> None:
 
 
 def fill(folder: Path) -> dict[str, bytes]:
-    files = {"program.enter-1.py311.nbi": b"index", "program.enter-1.py311.1.nbc": b"code" * 999}
+    files = {"execute.enter-1.py311.nbi": b"index", "execute.enter-1.py311.1.nbc": b"code" * 999}
     for name, data in files.items():
         (folder / name).write_bytes(data)
     tiling.keep(Tiling(4, 16, 1 << 17))

@@ -1,0 +1,266 @@
+"""What one unit of each operation of a program computes (see program.py)."""
+
+import numpy as np
+
+from edgert.kernels import kv as kv_cache
+from edgert.kernels import matmul
+from edgert.kernels.activation import gate
+from edgert.kernels.attention import MOST_HEADS, attention, width
+from edgert.kernels.elementwise import read_f32
+from edgert.kernels.embedding import embed
+from edgert.kernels.experts import COUNTERS, publish
+from edgert.kernels.jit import jit
+from edgert.kernels.program import (
+    AHEAD,
+    ATTEND,
+    COMBINE,
+    DIRECT,
+    EXPERTS,
+    GATE,
+    GATHER,
+    GROUP,
+    HEADS,
+    MATMUL,
+    NORM,
+    OUTPUT,
+    OUTPUTS,
+    PATH,
+    POSITION,
+    PUBLISH,
+    QUANTIZE,
+    ROPE_TABLE,
+    ROUTE,
+    SEQUENCE,
+    SLOT,
+    TOKEN,
+)
+from edgert.kernels.quantize import quantize
+from edgert.kernels.rmsnorm import rmsnorm
+from edgert.kernels.rope import rope_table, rotate
+from edgert.kernels.routing import combine, group, route
+
+
+@jit
+def _norm(c, real, t, source, w, f, xq, xs, xn):
+    x, x_stride, width, gain, y, y_stride, groups, at = c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10]
+    rmsnorm(f, x + source * x_stride, width, real, w, gain, f, y + t * y_stride)
+    if groups > 0:
+        quantize(f, y + t * y_stride, groups, xq, xs, xn, at + t * groups)
+
+
+@jit
+def _matmul(c, unit, rows, w, f, xq, xs, xn):
+    quant, w_at, groups, blocks, size = c[3], c[4], c[5], c[6], c[7]
+    x, x_stride, at, y, y_stride, bias, keep = c[8], c[9], c[10], c[11], c[12], c[13], c[14]
+    most, ahead = c[15], c[16]
+    first = unit * size
+    last = min(blocks, first + size)
+    for t in range(rows):
+        row = y + t * y_stride
+        if keep == 0:
+            f[row + first * 16 : row + last * 16] = np.float32(0.0)
+        if bias >= 0:
+            for n in range(first * 16, last * 16):
+                f[row + n] += read_f32(w, bias + n * 4)
+    matmul.matmul(
+        quant, w, w_at, groups, first, last, rows, f, x, x_stride, xq, xs, xn, at, y, y_stride, most, ahead
+    )
+
+
+@jit
+def _norm_head(f, at, d, eps, w, gain, scratch):
+    """RMSNorm of one head in place, by way of a scratch row padded to whole vectors."""
+    for i in range(d):
+        f[scratch + i] = f[at + i]
+    for i in range(d, (d + 15) // 16 * 16):
+        f[scratch + i] = np.float32(0.0)
+    rmsnorm(f, scratch, d, eps, w, gain, f, scratch)
+    for i in range(d):
+        f[at + i] = f[scratch + i]
+
+
+@jit
+def _head(c, eps, unit, rows, me, w, f, kv):
+    q, q_stride, k, k_stride, v, v_stride, q_gain, k_gain = c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10]
+    heads, kv_heads, d, table, kind, region = c[11], c[12], c[13], c[14], c[15], c[16]
+    region_bytes, capacity, scratch = c[17], c[18], c[19] + me * c[20]
+    t, h = unit // (heads + kv_heads), unit % (heads + kv_heads)
+    if h < heads:
+        at, gain = q + t * q_stride + h * d, q_gain
+    else:
+        at, gain = k + t * k_stride + (h - heads) * d, k_gain
+    if gain >= 0:
+        _norm_head(f, at, d, eps, w, gain, scratch)
+    rotate(f, at, d // 2, f, table + t * d)
+    if h >= heads:
+        value = v + t * v_stride + (h - heads) * d
+        here, slot = rows[SEQUENCE, t] + region + (h - heads) * region_bytes, rows[SLOT, t]
+        if kind == kv_cache.F16:
+            kv_cache.store_f16(kv, here, capacity, slot, d, f, at, value)
+        elif kind == kv_cache.Q4:
+            kv_cache.store_q4(kv, here, capacity, slot, d, f, at, value)
+        else:
+            kv_cache.store_q8(kv, here, capacity, slot, d, f, at, value)
+
+
+@jit
+def _pieces(group):
+    """Calls of `attention` for `group` query heads: fours, then two, then one."""
+    return group // MOST_HEADS + (group % MOST_HEADS + 1) // 2
+
+
+@jit
+def _attend(c, scale, unit, rows, paths, me, f, xq, xs, xn, kv):
+    q, q_stride, heads, kv_heads, d, kind = c[3], c[4], c[5], c[6], c[7], c[8]
+    region, region_bytes, capacity, window, y, y_stride = c[9], c[10], c[11], c[12], c[13], c[14]
+    scratch = c[15] + me * c[16]
+    group = heads // kv_heads
+    pieces = _pieces(group)
+    t, shared, piece = unit // (kv_heads * pieces), unit // pieces % kv_heads, unit % pieces
+    start = piece * MOST_HEADS
+    count = MOST_HEADS
+    if start + MOST_HEADS > group:  # what is left after the fours: 3 is two and one
+        start = group // MOST_HEADS * MOST_HEADS + (piece - group // MOST_HEADS) * 2
+        count = min(2, group - start)
+    last = rows[POSITION, t] + 1
+    first = max(0, last - window) if window > 0 else 0
+    here, head = rows[SEQUENCE, t] + region + shared * region_bytes, shared * group + start
+    at, out = q + t * q_stride + head * d, scratch + MOST_HEADS * capacity
+    direct, queries = rows[DIRECT, t], c[17] + me * MOST_HEADS * ((d + 31) // 32)
+    attention(
+        kind,
+        count,
+        kv,
+        here,
+        capacity,
+        d,
+        f,
+        at,
+        scale,
+        first,
+        last,
+        direct,
+        paths,
+        t * PATH,
+        f,
+        scratch,
+        out,
+        xq,
+        xs,
+        xn,
+        queries,
+    )
+    wide = width(kind, d)
+    for h in range(count):
+        for i in range(d):
+            f[y + t * y_stride + (head + h) * d + i] = f[out + h * wide + i]
+
+
+@jit
+def _gate(c, unit, f, xq, xs, xn):
+    kind, g, u, stride, groups, at = c[3], c[4], c[5], c[6], c[7], c[8]
+    pieces = (groups + GATE_GROUPS - 1) // GATE_GROUPS
+    t, first = unit // pieces, unit % pieces * GATE_GROUPS
+    count = min(GATE_GROUPS, groups - first)
+    here = t * stride + first * 32
+    gate(kind, f, g + here, f, u + here, count * 32)
+    if at >= 0:
+        quantize(f, g + here, count, xq, xs, xn, at + t * groups + first)
+
+
+GATE_GROUPS = 64
+"""Groups of one unit of GATE: 2048 activations, about 2 us of work."""
+
+
+@jit
+def _route(c, t, f, routes):
+    x, experts, active, normalized, shared = c[3] + t * c[4], c[5], c[6], c[7], c[8]
+    if shared >= 0:
+        shared += t * c[9]
+    route(f, x, experts, active, normalized, shared, routes, c[10] + t * active, f, c[11] + t * c[12])
+
+
+@jit
+def _group(c, count, routes):
+    experts, counters = c[3], c[10]
+    group(count, c[4], experts, routes, c[5], c[6], c[7], c[8], c[9])
+    routes[counters : counters + experts * COUNTERS] = 0
+
+
+@jit
+def _gather(c, t, f, xq, xs, xn, routes):
+    active, places, x, groups, y, floats = c[3], c[4], c[5] + t * c[6] * 32, c[6], c[8], c[10]
+    at = c[7] + t * groups
+    for r in range(active):
+        entry = routes[places + t * active + r]
+        if floats:
+            for k in range(groups * 32):
+                f[y + entry * groups * 32 + k] = f[x + k]
+        into = c[9] + entry * groups
+        for k in range(groups * 32):
+            xq[into * 32 + k] = xq[at * 32 + k]
+        for g in range(groups):
+            xs[into + g] = xs[at + g]
+            xn[into + g] = xn[at + g]
+
+
+@jit
+def _combine(c, t, f, routes):
+    x, width, y, y_stride, active, shared = c[3] + t * c[4], c[5], c[6], c[7], c[9], c[12]
+    places, weights = c[8] + t * active, c[10] + t * c[11]
+    if shared >= 0:
+        shared += t * c[13]
+    combine(f, x, width, f, y, y_stride, routes, places, active, f, weights, shared)
+
+
+@jit
+def units_of(c, count):
+    """How many units an operation of `count` rows has."""
+    op = c[0]
+    if count == 0:
+        return 0
+    if op == MATMUL:
+        return (c[6] + c[7] - 1) // c[7]
+    if op == HEADS:
+        return count * (c[11] + c[12])
+    if op == ATTEND:
+        return count * c[6] * _pieces(c[5] // c[6])
+    if op == GATE:
+        return count * ((c[7] + GATE_GROUPS - 1) // GATE_GROUPS)
+    if op == GROUP or op == PUBLISH:
+        return 1
+    if op == EXPERTS:
+        return 0
+    return count
+
+
+@jit
+def run_unit(c, real, unit, count, me, w, table, f, xq, xs, xn, kv, routes, rows, paths, job):
+    """Compute unit `unit` of an operation of `count` rows."""
+    op = c[0]
+    if op == MATMUL:
+        _matmul(c, unit, count, w, f, xq, xs, xn)
+    elif op == ATTEND:
+        _attend(c, real, unit, rows, paths, me, f, xq, xs, xn, kv)
+    elif op == GATE:
+        _gate(c, unit, f, xq, xs, xn)
+    elif op == NORM:
+        _norm(c, real, unit, rows[OUTPUT, unit] if c[1] == OUTPUTS else unit, w, f, xq, xs, xn)
+    elif op == HEADS:
+        _head(c, real, unit, rows, me, w, f, kv)
+    elif op == ROUTE:
+        _route(c, unit, f, routes)
+    elif op == GROUP:
+        _group(c, count, routes)
+    elif op == PUBLISH:
+        publish(count, c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], job[AHEAD], c[11], f, routes, table)
+    elif op == GATHER:
+        _gather(c, unit, f, xq, xs, xn, routes)
+    elif op == COMBINE:
+        _combine(c, unit, f, routes)
+    elif op == QUANTIZE:
+        quantize(f, c[3] + unit * c[4], c[5], xq, xs, xn, c[6] + unit * c[5])
+    elif op == ROPE_TABLE:
+        rope_table(rows[POSITION, unit], w, c[3], c[4], real, f, c[5] + unit * c[4] * 2)
+    else:
+        embed(c[3], w, c[4], c[5], rows[TOKEN, unit], f, c[6] + unit * c[7])
