@@ -2,7 +2,16 @@
 
 from edgert.converters.dispatch import convert
 from edgert.converters.hf import describe_folder
+from edgert.converters.pipeline import Calibration
 from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.converters.split import split
 
-__all__ = ["ConversionReport", "Progress", "TensorReport", "convert", "describe_folder", "split"]
+__all__ = [
+    "Calibration",
+    "ConversionReport",
+    "Progress",
+    "TensorReport",
+    "convert",
+    "describe_folder",
+    "split",
+]

@@ -8,6 +8,7 @@ from edgert.config import Quant, QuantSpec
 from edgert.converters.gguf.convert import convert_gguf
 from edgert.converters.gguf.reader import MAGIC
 from edgert.converters.hf import convert_hf
+from edgert.converters.pipeline import Calibration
 from edgert.converters.report import ConversionReport, Progress
 from edgert.errors import ConversionError, NotAModelError, OptionError, UnsupportedError
 
@@ -21,6 +22,7 @@ def convert(
     progress: Progress | None = None,
     *,
     exits: str | os.PathLike[str] | None = None,
+    calibration: Calibration | None = None,
 ) -> ConversionReport:
     """Convert a model to an .ert file and report size and error of every tensor.
 
@@ -28,8 +30,8 @@ def convert(
     all matrices ("f32", "f16", "q8", "q4") or a QuantSpec, by default q4 for a folder and for a
     GGUF file what it has (q8 where ours has no like); `progress` is called after every slab; `exits` is
     a file of `edgert train exits` for a folder (by default its own exits.safetensors, if it has
-    one). An existing `out` is replaced when the conversion is complete; a conversion that fails
-    leaves it as it was.
+    one); `calibration` is what its matrices meet at work, for less loss. An existing `out` is replaced
+    when the conversion is complete; a conversion that fails leaves it as it was.
     Raises NotAModelError, UnsupportedError, ConversionError or OptionError, each in one line.
     """
     source, out = Path(source), Path(out)
@@ -43,8 +45,8 @@ def convert(
     if is_gguf:
         if exits is not None:
             raise OptionError(f"exits is {exits}; expected none for a GGUF file, convert the model's folder")
-        return convert_gguf(source, out, quant, progress=progress)
-    return convert_hf(source, out, quant or "q4", exits=exits, progress=progress)
+        return convert_gguf(source, out, quant, progress=progress, calibration=calibration)
+    return convert_hf(source, out, quant or "q4", exits=exits, progress=progress, calibration=calibration)
 
 
 def _is_gguf(source: Path) -> bool:

@@ -13,7 +13,7 @@ from edgert.config import ModelSpec, Quant, QuantSpec
 from edgert.converters.architectures import Decoder, describe, source_name
 from edgert.converters.exits import EXITS_FILE, Exits, fingerprint, open_exits
 from edgert.converters.hf_config import HfConfig, parse_object, read_bytes, read_object, shown
-from edgert.converters.pipeline import ROPE, quant_spec, quants_of, write_model
+from edgert.converters.pipeline import ROPE, Calibration, quant_spec, quants_of, write_model
 from edgert.converters.provenance import provenance
 from edgert.converters.report import ConversionReport, Progress
 from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor, open_folder
@@ -56,6 +56,7 @@ def convert_hf(
     *,
     exits: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> ConversionReport:
     """Convert a Hugging Face folder to an .ert file, one slab of rows in memory at a time.
 
@@ -75,7 +76,7 @@ def convert_hf(
     tokenizer = _tokenizer_json(folder)
     weights = HfWeights(decoder, tensors)
     quants = quants_of(decoder.spec, quant)
-    return write_model(Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress)
+    return write_model(Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress, calibration)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
+from edgert.converters.compensate import COMPENSATED, Errors, compensated_q4
 from edgert.converters.quantize import (
     Codes,
     Distortion,
@@ -47,6 +48,37 @@ class WeightSource(Protocol):
 
     def stored_as(self, name: str) -> str:
         """The source's own name for the type of a tensor, "" for one that it computes."""
+
+
+class Calibration(Protocol):
+    """What a model's matrices meet at work, asked for in the order of layers, the output matrix last."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the file records of it."""
+
+    def gram(self, name: str) -> NDArray[np.float32] | None:
+        """The mean of x x^T over the rows x that a matrix met, [K, K]; None for one without any.
+
+        The same array for matrices that meet the same rows: what is made of it is then made once.
+        """
+
+
+class _Rounding:
+    """What an error in a column of each matrix does, as far as a calibration knows."""
+
+    def __init__(self, calibration: Calibration | None) -> None:
+        self._calibration = calibration
+        self._last: tuple[NDArray[np.float32], Errors] | None = None
+
+    def errors(self, name: str, quant: str) -> Errors | None:
+        """For a matrix to be stored as `quant`; None where it is rounded without."""
+        gram = self._calibration.gram(name) if self._calibration and quant in COMPENSATED else None
+        if gram is None:
+            return None
+        if self._last is None or self._last[0] is not gram:
+            self._last = gram, Errors(gram)
+        return self._last[1]
 
 
 @dataclass(slots=True)
@@ -91,25 +123,31 @@ def write_model(
     tokenizer_json: bytes | None,
     metadata: Mapping[str, str],
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> ConversionReport:
     """Write the .ert file of a model; on any failure nothing is left on the disk.
 
     `quants` gives the quantisation of every matrix by name; `quants_of` makes it of a QuantSpec.
     `metadata` is kept in the file beside `errors`, a JSON object of the relative error of every
-    tensor that lost something. Raises ConversionError for weights that cannot be stored and for
-    a full disk.
+    tensor that lost something. With `calibration` a matrix is rounded so that its products with what it
+    meets change least (compensate.py), else so that it changes least itself. Raises ConversionError for
+    weights that cannot be stored and for a full disk.
     """
     started = time.monotonic()
+    if calibration is not None:
+        metadata = {**metadata, **calibration.metadata}
     with ErtWriter(out, spec, quants, tokenizer_json, metadata) as writer:
         stored = [tensor for name, tensor in writer.tensors.items() if name != TOKENIZER]
+        rounding = _Rounding(calibration)
         tally = _Tally(sum(tensor.nbytes for tensor in stored), progress)
-        for tensor in stored:
-            tally.reports.append(_write_tensor(writer, tensor, source, tally))
+        # Calibrated, the embedding comes last: as the output matrix it meets what comes out of all layers.
+        for tensor in sorted(stored, key=lambda t: calibration is not None and t.name == "token_embedding"):
+            tally.reports.append(_write_tensor(writer, tensor, source, tally, rounding))
         errors = {r.name: float(f"{r.relative_error:.4g}") for r in tally.reports if r.relative_error}
         writer.finish({"errors": json.dumps(errors, separators=(",", ":"))})
     return ConversionReport(
         path=out,
-        tensors=tuple(tally.reports),
+        tensors=tuple(sorted(tally.reports, key=lambda r: r.name != "token_embedding")),
         file_bytes=writer.size,
         seconds=time.monotonic() - started,
         peak_rss_bytes=peak_rss_bytes(),
@@ -117,11 +155,15 @@ def write_model(
 
 
 def _write_tensor(
-    writer: ErtWriter, tensor: StoredTensor, source: WeightSource, tally: _Tally
+    writer: ErtWriter,
+    tensor: StoredTensor,
+    source: WeightSource,
+    tally: _Tally,
+    rounding: _Rounding,
 ) -> TensorReport:
     distortion = Distortion()
     if matrices_in(tensor):
-        writer.write(tensor.name, _records(tensor, source, distortion, tally))
+        writer.write(tensor.name, _records(tensor, source, distortion, tally, rounding))
     else:
         values = source.vector(tensor.name)
         check_weights(values, "f32", tensor.name)
@@ -133,17 +175,22 @@ def _write_tensor(
 
 
 def _records(
-    tensor: StoredTensor, source: WeightSource, distortion: Distortion, tally: _Tally
+    tensor: StoredTensor,
+    source: WeightSource,
+    distortion: Distortion,
+    tally: _Tally,
+    rounding: _Rounding,
 ) -> Iterator[NDArray[np.uint8]]:
     """The packed bytes of a matrix, or of the three of an expert, whole blocks of rows at a time."""
     for name, _, columns in matrices_in(tensor):
         slab_rows = max(1, SLAB_WEIGHTS // (columns * BLOCK)) * BLOCK
+        errors = rounding.errors(name, tensor.quant)
         for slab in source.rows(name, slab_rows):
             if isinstance(slab, Codes) and slab.fit(tensor.quant):
                 packed = pack_codes(slab, tensor.quant)
             else:
                 weights = slab.floats() if isinstance(slab, Codes) else slab
-                packed, restored = encode(weights, tensor.quant, name)
+                packed, restored = encode(weights, tensor.quant, name, errors)
                 if restored is not None:
                     distortion.add(weights, restored)
             yield packed
@@ -157,14 +204,18 @@ def pack_codes(codes: Codes, quant: str) -> NDArray[np.uint8]:
 
 
 def encode(
-    weights: NDArray[np.float32], quant: str, name: str
+    weights: NDArray[np.float32], quant: str, name: str, errors: Errors | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
     """float32 [N, K] to record bytes (kernels/packing.py), and to what they decode to, float32 [N, K].
 
-    The second is None for f32, which is exact. Raises ConversionError as `check_weights`.
+    errors: what an error in a column does, for a quantisation in COMPENSATED. The second is None for f32,
+    which is exact. Raises ConversionError as `check_weights`.
     """
     if quant == "q4":
-        values, scales = quantize_q4(weights, name=name)
+        if errors is None:
+            values, scales = quantize_q4(weights, name=name)
+        else:
+            values, scales = compensated_q4(weights, errors, name=name)
         return pack_q4(values, scales), dequantize(values, scales)
     if quant == "q8":
         values, scales = quantize_q8(weights, name=name)

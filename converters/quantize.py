@@ -98,6 +98,16 @@ def quantize_q4(
     return values, scales
 
 
+def search_q4(groups: Floats, weight: Floats | None) -> NDArray[np.float16]:
+    """The scales [G] of groups [k <= 32, G] whose errors are weighed by `weight` [k, G] or [k, 1]."""
+    return _search_q4(groups, weight)[1]
+
+
+def round_codes(weights: Floats, scale: Floats, quant: str) -> Floats:
+    """The integers of `quant` nearest to weights / scale, as floats; 0 where the scale is 0."""
+    return _round(weights, scale, *CODE_RANGE[quant], np.empty_like(weights))
+
+
 def dequantize(values: NDArray[np.int8], scales: NDArray[np.floating[Any]]) -> Floats:
     """int8 [N, K] and scales [N, ceil(K/32)] back to float32 [N, K]."""
     columns = values.shape[1]

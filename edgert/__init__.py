@@ -5,8 +5,8 @@ with edgert.load("model.ert") as model:
     print(model.generate("Once upon a time", max_tokens=64).text)
 """
 
+from edgert.calibration import convert
 from edgert.config import ModelSpec, QuantSpec, SamplingParams
-from edgert.converters import convert
 from edgert.errors import EdgertError
 from edgert.events import Completion, TokenEvent
 from edgert.handoff.setup import HandoffConfig

@@ -16,7 +16,7 @@ from edgert.converters.gguf.reader import GgufFile, GgufTensor, open_gguf
 from edgert.converters.gguf.types import WEIGHT_TYPES
 from edgert.converters.gguf.vocabulary import Vocabulary, read_vocabulary
 from edgert.converters.hf_config import HfConfig, shown
-from edgert.converters.pipeline import ROPE, quant_spec, quants_of, write_model
+from edgert.converters.pipeline import ROPE, Calibration, quant_spec, quants_of, write_model
 from edgert.converters.provenance import provenance
 from edgert.converters.quantize import Codes
 from edgert.converters.report import ConversionReport, Progress
@@ -101,6 +101,7 @@ def convert_gguf(
     quant: Quant | QuantSpec | None = None,
     *,
     progress: Progress | None = None,
+    calibration: Calibration | None = None,
 ) -> ConversionReport:
     """Convert a GGUF file, or a split one given any of its parts, one slab of rows in memory at a time.
 
@@ -118,9 +119,8 @@ def convert_gguf(
         quants = quants_of(decoder.spec, quant_spec(quant))
     weights = GgufWeights(decoder, file.tensors)
     metadata = _metadata(file, vocabulary)
-    return write_model(
-        Path(out), decoder.spec, weights, quants, vocabulary.tokenizer_json, metadata, progress
-    )
+    tokenizer = vocabulary.tokenizer_json
+    return write_model(Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress, calibration)
 
 
 def _kept(spec: ModelSpec, tensors: Mapping[str, GgufTensor]) -> dict[str, Quant]:

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from edgert.calibration import convert
 from edgert.cli.options import FILE, size_text, trust_text
 from edgert.config import QUANTS, Quant
-from edgert.converters import ConversionReport, convert, split
+from edgert.converters import ConversionReport, split
 from edgert.errors import UsageError
 from edgert.format import ErtFile
 from edgert.format.exits import EXITS_KEY
@@ -42,9 +43,21 @@ from edgert.format.verify import check
     type=FILE,
     help="Exit heads of `edgert train exits`. [default: exits.safetensors in SOURCE, if any]",
 )
+@click.option(
+    "--calibrate",
+    type=FILE,
+    metavar="TEXT",
+    help="Run the model over this text first (.txt or .jsonl) and round so that it loses least there.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def convert_command(
-    source: Path, output: str, quant: Quant | None, layer: int | None, exits: Path | None, as_json: bool
+    source: Path,
+    output: str,
+    quant: Quant | None,
+    layer: int | None,
+    exits: Path | None,
+    calibrate: Path | None,
+    as_json: bool,
 ) -> None:
     """Convert a Hugging Face model folder or a GGUF file to one .ert file.
 
@@ -57,6 +70,8 @@ def convert_command(
     if layer is not None and source.suffix == ".ert" and (quant is not None or exits is not None):
         wrong = "--exits" if quant is None else "--quant"
         raise UsageError(f"{wrong} does not apply to an .ert file, whose tensors are copied as they are")
+    if layer is not None and calibrate is not None:
+        raise UsageError("--calibrate does not go with --split: calibrate one .ert file and split that")
     columns = (TextColumn("{task.description:<24}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -66,7 +81,8 @@ def convert_command(
             bar.update(task, description=name[-24:], completed=done_bytes, total=total_bytes)
 
         if layer is None:
-            reports: tuple[ConversionReport, ...] = (convert(source, output, quant, progress, exits=exits),)
+            report = convert(source, output, quant, progress, exits=exits, calibrate=calibrate)
+            reports: tuple[ConversionReport, ...] = (report,)
         else:
             reports = split(source, layer, outputs[0], outputs[1], quant, progress, exits=exits)
     if as_json:

@@ -5,7 +5,7 @@ range; keys and values are appended in every case.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,8 @@ class Forward:
         self._hidden, self._chosen, self._logits = builder.hidden, builder.chosen, builder.logits
         self.state = state = RunState(builder.layout, config)
         self.waits = Waits()
+        # Called with its rows before an operation runs, all that it reads being there: for calibration.
+        self.watch: dict[int, Callable[[int], None]] = {}
         self._job = np.zeros(program.JOB_WORDS, np.int64)
         # Of the last call: its rows, the layer behind which they are, and the cache's lengths.
         self._left: tuple[int, int, tuple[int, ...]] | None = None
@@ -191,6 +193,12 @@ class Forward:
 
     def _execute(self, first: int, last: int) -> None:
         store = self.store
+        for watched in sorted(i for i in self.watch if first <= i < last):
+            if watched > first:
+                self._dispatch(first, watched)
+            of_tokens = self.code[watched, 1] == program.TOKENS
+            self.watch[watched](int(self._job[program.ROWS if of_tokens else program.WANTED]))
+            first = watched
         if store and (self.waits.idle is not None or not store.streaming.overlap):
             # Somebody has other work for the time of a wait: come back before each layer's experts.
             for cut in (i for i in self._cuts if first < i < last):

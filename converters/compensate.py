@@ -1,0 +1,69 @@
+"""Rounding a matrix so that its products change least: each column's error is made up for by the next ones.
+
+GPTQ (Frantar et al., 2022, arXiv:2210.17323): with G the mean of x x^T over the rows x that a matrix meets,
+the squared error of the product W x is on average e G e^T for a row's error e. Columns are rounded one
+after another; the best answer of the columns that are left to the error made in column j is known in
+closed form from the Cholesky factor of G^-1. Scales are searched group by group, on the weights as they
+are when their group's turn comes.
+"""
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.converters.quantize import Floats, check_weights, round_codes, search_q4
+from edgert.kernels.packing import GROUP
+
+COMPENSATED: Final = ("q4",)
+"""The quantisations for which it is done; the error of q8 is below that of the products themselves."""
+DAMPING: Final = 0.01
+"""Added to the diagonal of G, as a share of its mean: as published. It also makes G positive definite where
+there were fewer rows than columns, or a column that is always zero."""
+
+
+class Errors:
+    """What an error in one column of a matrix does, and what the columns after it can do about it."""
+
+    def __init__(self, gram: Floats) -> None:
+        """gram: float32 [K, K], the mean of x x^T."""
+        columns = len(gram)
+        # In float64: a text of few rows leaves G close to singular.
+        damped = gram.astype(np.float64)
+        power = float(np.trace(damped)) / columns
+        damped[np.diag_indices(columns)] += DAMPING * power if power > 0 else 1.0
+        # G^-1 = U^T U with U upper: from the lower factor of G with its order reversed, L L^T = J G J,
+        # G^-1 = (J L^-T J)(J L^-1 J), the second of which is upper.
+        lower = np.linalg.cholesky(damped[::-1, ::-1])
+        upper = np.triu(np.linalg.solve(lower, np.eye(columns))[::-1, ::-1])
+        self.answer: Floats = np.ascontiguousarray(upper, np.float32)  # [K, K] U
+        # [K] of a column's squared error where a scale is searched. GPTQ's own 1 / diag(U)^2, of the error
+        # that the columns left cannot make up for, comes out no better (docs/quality.md).
+        self.weight: Floats = np.diag(damped).astype(np.float32)
+
+
+def compensated_q4(
+    weights: Floats, errors: Errors, name: str = "matrix"
+) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+    """float32 [N, K] to int8 [N, K] in -8..7 and scales [N, ceil(K/32)].
+
+    Raises ConversionError as `check_weights`.
+    """
+    check_weights(weights, "q4", name)
+    rows, columns = weights.shape
+    left = np.ascontiguousarray(weights.T)  # [K, N] the weights as the columns before have changed them
+    codes = np.empty((columns, rows), np.int8)
+    scales = np.empty((rows, -(-columns // GROUP)), np.float16)
+    for group, start in enumerate(range(0, columns, GROUP)):
+        end = min(start + GROUP, columns)
+        block, answer = left[start:end], errors.answer[start:end]
+        scales[:, group] = search_q4(block, errors.weight[start:end, None])
+        scale = scales[:, group].astype(np.float32)
+        made = np.empty_like(block)
+        for j, column in enumerate(block):
+            code = round_codes(column, scale, "q4")
+            made[j] = (column - code * scale) / answer[j, start + j]
+            codes[start + j] = code
+            block[j + 1 :] -= answer[j, start + j + 1 : end, None] * made[j]
+        left[end:] -= answer[:, end:].T @ made
+    return np.ascontiguousarray(codes.T), scales

@@ -1,0 +1,6 @@
+"""Looking at a model at work, so that its conversion loses less."""
+
+from edgert.calibration.convert import TextCalibration, convert
+from edgert.calibration.walk import Observer, Walk
+
+__all__ = ["Observer", "TextCalibration", "Walk", "convert"]
