@@ -8,6 +8,7 @@ from edgert.config import Quant, QuantSpec
 from edgert.converters.gguf.convert import convert_gguf
 from edgert.converters.gguf.reader import MAGIC
 from edgert.converters.hf import convert_hf
+from edgert.converters.neurons import Sparsity
 from edgert.converters.pipeline import Calibration
 from edgert.converters.report import ConversionReport, Progress
 from edgert.errors import ConversionError, NotAModelError, OptionError, UnsupportedError
@@ -23,6 +24,7 @@ def convert(
     *,
     exits: str | os.PathLike[str] | None = None,
     calibration: Calibration | None = None,
+    sparsity: Sparsity = "auto",
 ) -> ConversionReport:
     """Convert a model to an .ert file and report size and error of every tensor.
 
@@ -30,7 +32,9 @@ def convert(
     all matrices ("f32", "f16", "q8", "q4") or a QuantSpec, by default q4 for a folder and for a
     GGUF file what it has (q8 where ours has no like); `progress` is called after every slab; `exits` is
     a file of `edgert train exits` for a folder (by default its own exits.safetensors, if it has
-    one); `calibration` is what its matrices meet at work, for less loss. An existing `out` is replaced
+    one); `calibration` is what its matrices meet at work, for less loss. `sparsity` "exact" stores up and
+    down neuron by neuron, so that neurons that do not fire are not read; "auto" does that where the
+    activation is zero for many (ReLU and its like), "none" never. An existing `out` is replaced
     when the conversion is complete; a conversion that fails leaves it as it was.
     Raises NotAModelError, UnsupportedError, ConversionError or OptionError, each in one line.
     """
@@ -45,8 +49,12 @@ def convert(
     if is_gguf:
         if exits is not None:
             raise OptionError(f"exits is {exits}; expected none for a GGUF file, convert the model's folder")
+        if sparsity == "exact":
+            raise OptionError("sparsity is exact; expected none for a GGUF file, convert the model's folder")
         return convert_gguf(source, out, quant, progress=progress, calibration=calibration)
-    return convert_hf(source, out, quant or "q4", exits=exits, progress=progress, calibration=calibration)
+    return convert_hf(
+        source, out, quant or "q4", exits=exits, sparsity=sparsity, progress=progress, calibration=calibration
+    )
 
 
 def _is_gguf(source: Path) -> bool:

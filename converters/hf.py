@@ -13,6 +13,7 @@ from edgert.config import ModelSpec, Quant, QuantSpec
 from edgert.converters.architectures import Decoder, describe, source_name
 from edgert.converters.exits import EXITS_FILE, Exits, fingerprint, open_exits
 from edgert.converters.hf_config import HfConfig, parse_object, read_bytes, read_object, shown
+from edgert.converters.neurons import Sparsity, with_sparsity
 from edgert.converters.pipeline import ROPE, Calibration, quant_spec, quants_of, write_model
 from edgert.converters.provenance import provenance
 from edgert.converters.report import ConversionReport, Progress
@@ -55,11 +56,14 @@ def convert_hf(
     quant: Quant | QuantSpec = "q4",
     *,
     exits: str | os.PathLike[str] | None = None,
+    sparsity: Sparsity = "auto",
     progress: Progress | None = None,
     calibration: Calibration | None = None,
 ) -> ConversionReport:
     """Convert a Hugging Face folder to an .ert file, one slab of rows in memory at a time.
 
+    sparsity: "exact" stores the feed-forward neuron by neuron, so that those that do not fire are not
+    read; "auto" does so where many do not, "none" never.
     exits: the file of `edgert train exits`; None for the folder's own exits.safetensors, if it has one.
     Everything that can be known without reading weights is checked before the first is written.
     Raises NotAModelError for a folder that holds no model, UnsupportedError for one that edgert
@@ -74,6 +78,7 @@ def convert_hf(
         tensors, metadata = tensors | heads.tensors, metadata | {EXITS_KEY: heads.metadata}
         _check_tensors(decoder, tensors, folder)
     tokenizer = _tokenizer_json(folder)
+    decoder = replace(decoder, spec=with_sparsity(decoder.spec, quant.matrices, sparsity))
     weights = HfWeights(decoder, tensors)
     quants = quants_of(decoder.spec, quant)
     return write_model(Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress, calibration)

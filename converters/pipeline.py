@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
 from edgert.converters.compensate import COMPENSATED, Errors, compensated_q4
+from edgert.converters.neurons import neuron_clusters
 from edgert.converters.quantize import (
     Codes,
     Distortion,
@@ -26,6 +27,7 @@ from edgert.converters.quantize import (
 from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.errors import OptionError
 from edgert.format import ErtWriter, StoredTensor, declared
+from edgert.format.layout import QUANTIZED
 from edgert.format.tensors import TOKENIZER, matrices_in
 from edgert.kernels.packing import BLOCK, pack_floats, pack_q4, pack_q8
 from edgert.resident import peak_rss_bytes
@@ -106,8 +108,8 @@ def quant_spec(quant: Quant | QuantSpec) -> QuantSpec:
 
 
 def matrices(spec: ModelSpec) -> list[str]:
-    """The names of all matrices and experts of a model: what has a choice of precision."""
-    return [decl.name for decl in declared(spec) if decl.role in ("matrix", "expert")]
+    """The names of all tensors of a model that have a choice of precision."""
+    return [decl.name for decl in declared(spec) if decl.role in QUANTIZED]
 
 
 def quants_of(spec: ModelSpec, quant: QuantSpec) -> dict[str, Quant]:
@@ -162,7 +164,9 @@ def _write_tensor(
     rounding: _Rounding,
 ) -> TensorReport:
     distortion = Distortion()
-    if matrices_in(tensor):
+    if tensor.role == "neurons":
+        writer.write(tensor.name, neuron_clusters(tensor, source, distortion, tally.add, rounding.errors))
+    elif matrices_in(tensor):
         writer.write(tensor.name, _records(tensor, source, distortion, tally, rounding))
     else:
         values = source.vector(tensor.name)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 from edgert.config import ModelSpec, Quant, QuantSpec
 from edgert.converters.dispatch import convert
+from edgert.converters.neurons import Sparsity
 from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.errors import OptionError
 from edgert.format import ErtFile, ErtWriter
 from edgert.format.identity import MODEL_KEY, identity
+from edgert.format.layout import QUANTIZED
 from edgert.format.rewrite import copy_tensors
 from edgert.format.tensors import TOKENIZER, declared
 from edgert.resident import peak_rss_bytes
@@ -29,6 +31,7 @@ def split(
     progress: Progress | None = None,
     *,
     exits: str | os.PathLike[str] | None = None,
+    sparsity: Sparsity = "auto",
 ) -> tuple[ConversionReport, ConversionReport]:
     """Write the layers before `layer`, with the exits among them, to `edge` and the rest to `cloud`.
 
@@ -40,7 +43,7 @@ def split(
     edge, cloud = Path(edge), Path(cloud)
     if edge == cloud:
         raise OptionError(f"both halves would be written to {edge}; expected two names: edge.ert,cloud.ert")
-    with _whole(Path(source), edge, quant, progress, exits) as file:
+    with _whole(Path(source), edge, quant, progress, exits, sparsity) as file:
         spec = file.spec
         if spec.part:
             raise OptionError(f"{file.path}: found half a model already; split the whole one")
@@ -59,6 +62,7 @@ def _whole(
     quant: Quant | QuantSpec | None,
     progress: Progress | None,
     exits: str | os.PathLike[str] | None,
+    sparsity: Sparsity,
 ) -> Iterator[ErtFile]:
     """The source as an .ert file, converted to a temporary one beside `edge` if it is not one."""
     if source.suffix == ".ert":
@@ -67,7 +71,7 @@ def _whole(
         return
     temporary = edge.with_name(f".{edge.name[:40]}.{secrets.token_hex(4)}.whole")
     try:
-        convert(source, temporary, quant, progress, exits=exits)
+        convert(source, temporary, quant, progress, exits=exits, sparsity=sparsity)
         with ErtFile.open(temporary) as file:
             yield file
     finally:
@@ -80,7 +84,7 @@ def _write_half(file: ErtFile, out: Path, part: tuple[int, int]) -> ConversionRe
     is_edge = part[0] == 0
     tokenizer = file.tokenizer_json() if is_edge else None  # the cloud half sees no text
     names = [decl.name for decl in declared(spec)]
-    quants = {name: file.tensors[name].quant for name in names if file.tensors[name].role == "matrix"}
+    quants = {name: file.tensors[name].quant for name in names if file.tensors[name].role in QUANTIZED}
     metadata = _half_metadata(file, names, is_edge)
     with ErtWriter(out, spec, quants, tokenizer, metadata) as writer:
         copy_tensors(file, writer, names)

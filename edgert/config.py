@@ -21,7 +21,7 @@ _OF_EXPERTS = (
     *("joint_qk_norm", "experts", "active_experts", "expert_width"),
     *("shared_width", "normalized_routing", "dense_layers"),
 )
-_SPECIAL = ("part", "exits", *_OF_EXPERTS)
+_SPECIAL = ("part", "exits", "neurons", *_OF_EXPERTS)
 """Fields of ModelSpec that most files leave out, so that an older edgert still reads those."""
 
 
@@ -56,6 +56,7 @@ class ModelSpec:
     shared_width: int = 0  # F of the expert that every token takes, behind a sigmoid; 0: there is none
     normalized_routing: bool = False  # the weights of a token's experts are divided by their sum
     dense_layers: tuple[int, ...] = ()  # of a model with experts: layers with a feed-forward instead
+    neurons: bool = False  # up and down lie neuron by neuron, so that only those that fire are read
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     part: tuple[int, ...] = ()  # of a split model: the layers [first, last) this file holds; () for all
@@ -107,13 +108,15 @@ class ModelSpec:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1e38:
                 raise ValueError(f"{name} is {value!r}, expected a number >= 0")
-        flags = ("tied_embeddings", "qkv_bias", "output_bias", "ffn_bias")
+        flags = ("tied_embeddings", "qkv_bias", "output_bias", "ffn_bias", "neurons")
         for name in (*flags, "qk_norm", "joint_qk_norm", "normalized_routing"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected true or false")
         if self.qk_norm and self.joint_qk_norm:
             raise ValueError("qk_norm and joint_qk_norm are both true, expected at most one")
         self._check_experts()
+        if self.neurons and (self.ffn_bias or self.experts):
+            raise ValueError("neurons is true in a model with experts or ffn_bias, expected false")
         ids = self.eos_ids if self.bos_id is None else (*self.eos_ids, self.bos_id)
         if any(type(i) is not int or not 0 <= i < self.vocab for i in ids):
             raise ValueError(f"bos_id and eos_ids are {ids}, expected ids below vocab {self.vocab}")
@@ -200,6 +203,7 @@ class EngineConfig:
     kv: KvType = "f16"
     sequences: int = 1  # how many the KV cache holds, each of `context` positions
     tiling: Tiling = Tiling()
+    thresholds: tuple[float, ...] = ()  # per layer: activations below it are zero; () for none
     expert_slots: int = 0  # experts held in memory while the others stay in the file; 0: all, mapped
 
 

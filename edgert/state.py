@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgert.config import QUANTS, EngineConfig, ModelSpec
 from edgert.format import ErtFile, StoredTensor
-from edgert.format.tensors import expert_name
+from edgert.format.tensors import expert_name, neurons_name
 from edgert.kernels import packing
 from edgert.kernels.program import PATH, TOKEN_WORDS
 
@@ -27,6 +27,13 @@ class Matrix(NamedTuple):
     at: int  # byte in the weights
     groups: int  # of 32 along K
     blocks: int  # of 16 along N
+
+
+class Neurons(NamedTuple):
+    """Where the up and down of a feed-forward lie neuron by neuron (see kernels/neuron_packing.py)."""
+
+    quant: int  # as in kernels/matmul.py
+    at: int  # byte in the weights
 
 
 class Weights:
@@ -50,6 +57,11 @@ class Weights:
         tensor = self.tensors[name]
         rows, columns = packing.padded(*tensor.shape)
         return Matrix(QUANTS.index(tensor.quant), tensor.offset, columns // 32, rows // 16)
+
+    def neurons(self, layer: int) -> Neurons:
+        """The neurons of a layer that has them one by one."""
+        tensor = self.tensors[neurons_name(layer)]
+        return Neurons(QUANTS.index(tensor.quant), tensor.offset)
 
     def vector(self, name: str) -> int:
         """The byte where a float32 vector starts; -1 where the model has none of that name."""
@@ -98,6 +110,7 @@ class Layout:
         self.floats = 0
         self.groups = 0
         self.words = 0
+        self.spare = 0  # bytes
 
     def rows(self, count: int, width: int, *, quantized: bool = False) -> Rows:
         """A buffer of `count` rows of `width` values."""
@@ -119,6 +132,10 @@ class RunState:
 
     def __init__(self, layout: Layout, config: EngineConfig) -> None:
         self.f: NDArray[np.float32] = np.zeros(layout.floats, np.float32)
+        self.spare: NDArray[np.uint8] = np.zeros(layout.spare, np.uint8)
+        # Weights are never written, and compiled code for arrays that can be would be another.
+        self.spare_view = self.spare.view()
+        self.spare_view.flags.writeable = False
         self.xq: NDArray[np.int8] = np.zeros(layout.groups * 32, np.int8)  # quantised rows
         self.xs: NDArray[np.float32] = np.zeros(layout.groups, np.float32)  # their scales
         self.xn: NDArray[np.int32] = np.zeros(layout.groups, np.int32)  # their sums
@@ -131,4 +148,5 @@ class RunState:
     @property
     def nbytes(self) -> int:
         """Memory of all arrays, in bytes."""
-        return sum(a.nbytes for a in (self.f, self.xq, self.xs, self.xn, self.rows, self.paths, self.routes))
+        arrays = (self.f, self.xq, self.xs, self.xn, self.rows, self.paths, self.routes, self.spare)
+        return sum(a.nbytes for a in arrays)

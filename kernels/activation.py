@@ -10,7 +10,8 @@ SILU, RELU, RELU2, GELU_TANH = 0, 1, 2, 3
 
 
 @jit
-def _activate(kind, x):
+def activated(kind, x):
+    """act(x) in every lane."""
     one, zero = simd.splat(1.0), simd.splat(0.0)
     if kind == SILU:
         return simd.div(x, simd.add(one, exp(simd.sub(zero, x))))
@@ -28,5 +29,5 @@ def _activate(kind, x):
 def gate(kind, g, g_at, u, u_at, count):
     """g[g_at : g_at + count] <- act(g) * u, `count` a multiple of 16."""
     for i in range(0, count, 16):
-        value = _activate(kind, simd.load_f32(g, g_at + i))
+        value = activated(kind, simd.load_f32(g, g_at + i))
         simd.store_f32(g, g_at + i, simd.mul(value, simd.load_f32(u, u_at + i)))

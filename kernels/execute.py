@@ -14,26 +14,30 @@ def _count(c, job):
 
 
 @jit
-def _past_singles(i, code, job):
+def _past_singles(i, code, job, routes):
     """The first operation from `i` on that is more than one unit, or runs beside the next."""
-    while i < job[LAST] and code[i, 2] and units_of(code[i], _count(code[i], job)) == 1:
+    while i < job[LAST] and code[i, 2] and units_of(code[i], _count(code[i], job), routes) == 1:
         i += 1
     return i
 
 
 @jit
 def _execute(
-    me, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, routes, rows, paths, job, ctl, tickets
-):
+    me, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows, paths, job,
+    ctl, tickets,
+):  # fmt: skip
     i = until = job[FIRST]  # what lies before `until` this thread does alone, the others wait for it
     while i < job[LAST]:
         c, count = code[i], _count(code[i], job)
         if c[0] == EXPERTS:
             run_experts(me, c, pool, table, routes, f, xq, xs, xn)
-        units, shared = units_of(c, count), threads > 1 and i >= until
+        units, shared = units_of(c, count, routes), threads > 1 and i >= until
         unit = atomics.fetch_add(tickets, i, 1) if shared else 0
         while unit < units:
-            run_unit(c, reals[i], unit, count, me, w, table, f, xq, xs, xn, kv, routes, rows, paths, job)
+            run_unit(
+                c, reals[i], unit, count, me, w, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows,
+                paths, job,
+            )  # fmt: skip
             unit = atomics.fetch_add(tickets, i, 1) if shared else unit + 1
         i += 1
         if i == until:
@@ -41,7 +45,7 @@ def _execute(
         elif i > until and c[2]:
             # Single units that follow (the norm of one row) are done by the last to arrive while the others
             # wait for it in any case: one barrier instead of two.
-            then = _past_singles(i, code, job)
+            then = _past_singles(i, code, job, routes)
             if not team.arrive(ctl, threads):
                 i = then
             elif then == i:
@@ -51,8 +55,9 @@ def _execute(
 
 @jit
 def enter(
-    worker, workers, code, reals, w, pool, table, f, xq, xs, xn, kv, routes, rows, paths, job, ctl, tickets
-):
+    worker, workers, code, reals, w, pool, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows, paths,
+    job, ctl, tickets,
+):  # fmt: skip
     """Thread 0 executes one job with whoever is ready; a worker (1, 2, ...) serves until it parks.
 
     One compiled entry for both, so that the kernels exist once in machine code.
@@ -61,8 +66,9 @@ def enter(
         tickets[job[FIRST] : job[LAST]] = 0
         threads = team.claim(ctl, workers)
         _execute(
-            0, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, routes, rows, paths, job, ctl, tickets
-        )
+            0, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows,
+            paths, job, ctl, tickets,
+        )  # fmt: skip
         team.barrier(ctl, threads)
         return
     team.set_ready(ctl, worker)
@@ -72,24 +78,8 @@ def enter(
             return
         threads = team.threads_claimed(ctl)
         _execute(
-            rank,
-            threads,
-            code,
-            reals,
-            w,
-            pool,
-            table,
-            f,
-            xq,
-            xs,
-            xn,
-            kv,
-            routes,
-            rows,
-            paths,
-            job,
-            ctl,
-            tickets,
-        )
+            rank, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows,
+            paths, job, ctl, tickets,
+        )  # fmt: skip
         team.set_ready(ctl, worker)  # before the barrier: the leader may start the next job at once
         team.barrier(ctl, threads)

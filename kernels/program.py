@@ -6,9 +6,10 @@ fewer, and meet at a barrier where the next operation needs all of them. Each un
 outputs whole and in a fixed order, so results depend neither on threads nor on who took what.
 
 Operands are indices into the arrays of a run: w (the weights, bytes), f (float32 buffers), xq, xs, xn
-(quantised rows, by group), kv (the cache, bytes), routes (which expert takes which row, int64), and
-table, which says where in pool (bytes) each expert lies. Column 0 is the operation, column 1 what
-its rows are (see TOKENS), column 2 whether a barrier follows; the rest is listed in FIELDS.
+(quantised rows, by group), kv (the cache, bytes), spare (weights in another order, bytes, and a view of
+them that is only read), routes (which expert takes which row, or which neurons fire, int64), and table,
+which says where in pool (bytes) each expert lies. Column 0 is the operation, column 1 what its rows are
+(see TOKENS), column 2 whether a barrier follows; the rest is listed in FIELDS.
 """
 
 import numpy as np
@@ -30,7 +31,11 @@ COLUMNS = 24
     EXPERTS,
     COMBINE,
     PUBLISH,
-) = range(14)
+    ACTIVATE,
+    LIVE,
+    NEURONS_UP,
+    NEURONS_DOWN,
+) = range(18)
 TOKENS, OUTPUTS, CHOSEN, FORESEEN = range(4)
 """Rows of an operation: all tokens; the wanted ones, gathered from among them; those gathered before; or
 all tokens where the next layer's experts are to be predicted, else none."""
@@ -78,6 +83,16 @@ FIELDS = {
     PUBLISH: (
         *("layer", "experts", "active", "chosen", "weights", "weights_stride", "busy", "ahead", "control"),
     ),
+    ACTIVATE: ("kind", "g", "stride", "groups"),
+    LIVE: ("x", "groups", "spread", "g", "stride", "width", "live"),
+    NEURONS_UP: (
+        *("quant", "w_at", "groups", "width", "live", "x", "spread", "g", "u", "stride"),
+        *("scratch", "scratch_stride", "spare_stride", "most", "ahead"),
+    ),
+    NEURONS_DOWN: (
+        *("quant", "w_at", "groups", "inner", "unit", "h", "y", "y_stride"),
+        *("scratch", "scratch_stride", "spare_stride", "most", "ahead", "quads"),
+    ),
     COMBINE: (
         *("x", "x_stride", "width", "y", "y_stride", "places", "active", "weights", "weights_stride"),
         *("shared", "shared_stride"),
@@ -100,15 +115,19 @@ FIELDS = {
     GATHER      y[i] = x[t], quantised rows and, where asked, floats, for the entries i of row t
     EXPERTS     the experts of all entries, in place of their x (experts.py); no units
     COMBINE     x[t] += the weighted sum of the entries of row t
+    ACTIVATE    g[t] = act(g[t]), or 0 below the threshold            (real: threshold)
+    LIVE        which neurons' g is not zero, and x as NEURONS_UP takes it; one unit
+    NEURONS_UP  g[t] *= W_up x[t] for these neurons (neurons.py)
+    NEURONS_DOWN  y[t] += W_down h[t], from the neurons whose h is not zero
 
 Buffers hold one row per token at their stride. A row is padded with zeros to whole groups of 32.
 """
 
 # The job of one execution.
-FIRST, LAST, ROWS, WANTED, AHEAD = range(5)
+FIRST, LAST, ROWS, WANTED, AHEAD, WHOLE = range(6)
 JOB_WORDS = 8
 """FIRST, LAST: operations; ROWS: tokens; WANTED: output rows; AHEAD: rows for which
-experts are predicted."""
+experts are predicted; WHOLE: positions below it keep activations under the threshold."""
 
 # Rows of the int64 array that describes the tokens of a forward.
 TOKEN, POSITION, SLOT, SEQUENCE, DIRECT, OUTPUT = range(6)

@@ -295,6 +295,13 @@ def minimum(builder: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return builder.select(builder.fcmp_ordered("<", x, y), x, y)
 
 
+@_operation(f32x16, f32x16, f32x16)
+def not_below(builder: ir.IRBuilder, x: ir.Value, least: ir.Value) -> ir.Value:
+    """x where it is at least `least` in magnitude, else 0."""
+    size = call(builder, "llvm.fabs.v16f32", x.type, [x])
+    return builder.select(builder.fcmp_ordered(">=", size, least), x, constant(x.type, 0.0))
+
+
 @_operation(f32x16, f32x16)
 def absolute(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """|x| in every lane."""

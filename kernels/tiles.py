@@ -100,10 +100,14 @@ def _broadcast_bytes(builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
     return builder.bitcast(simd.broadcast(builder, four, 16), i8x64.llvm)
 
 
+def weight_offset(quant: str) -> int:
+    """By how much a weight that a dot product takes is above the weight that is meant."""
+    return 8 if quant == "q4" else simd.bytes_offset()
+
+
 def _correction(builder: ir.IRBuilder, quant: str, total: ir.Value) -> ir.Value:
     """What the offset of the stored weights adds to a product with a row of sum `total`, negated."""
-    offset = 8 if quant == "q4" else simd.bytes_offset()
-    return simd.broadcast(builder, builder.mul(total, ir.Constant(_I32, -offset)), 16)
+    return simd.broadcast(builder, builder.mul(total, ir.Constant(_I32, -weight_offset(quant))), 16)
 
 
 def _dot_group(
@@ -132,7 +136,7 @@ def _dot_groups(
     ]
 
 
-def _load_group(builder: ir.IRBuilder, quant: str, record: ir.Value) -> tuple[list[ir.Value], ir.Value]:
+def load_group(builder: ir.IRBuilder, quant: str, record: ir.Value) -> tuple[list[ir.Value], ir.Value]:
     """The eight weight registers of a record, in order of k, and its 16 scales."""
     stored = 4 if quant == "q4" else 8
     raw = [simd.load(builder, _at(builder, record, 64 * j), i8x64.llvm) for j in range(stored)]
@@ -143,7 +147,7 @@ def _load_group(builder: ir.IRBuilder, quant: str, record: ir.Value) -> tuple[li
     return [half for v in raw for half in simd.nibbles(builder, v)], scales
 
 
-def _prefetch(builder: ir.IRBuilder, record: ir.Value, size: int) -> None:
+def prefetch(builder: ir.IRBuilder, record: ir.Value, size: int) -> None:
     """Ask for the `size` bytes of a record into the second cache. Past the weights that asks for nothing."""
     i32, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
     read, second, data = (ir.Constant(i32, value) for value in (0, 2, 1))
@@ -161,8 +165,8 @@ def _quantized_tile(
     with cgutils.for_range(builder, x.groups) as loop:
         record = builder.gep(weights, [_index(builder, (loop.index, size))])
         if rows >= PREFETCHING_ROWS:
-            _prefetch(builder, builder.gep(record, [ahead]), size)
-        registers, scales = _load_group(builder, quant, record)
+            prefetch(builder, builder.gep(record, [ahead]), size)
+        registers, scales = load_group(builder, quant, record)
         places = [_index(builder, (x.groups, t), (loop.index, 1)) for t in range(rows)]
         values = [builder.gep(x.values, [_index(builder, (at, packing.GROUP))]) for at in places]
         totals = [builder.load(builder.gep(x.sums, [at])) for at in places]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from edgert.kernels import kv as kv_cache
-from edgert.kernels import matmul
+from edgert.kernels import matmul, neurons
 from edgert.kernels.activation import gate
 from edgert.kernels.attention import MOST_HEADS, attention, width
 from edgert.kernels.elementwise import read_f32
@@ -11,6 +11,7 @@ from edgert.kernels.embedding import embed
 from edgert.kernels.experts import COUNTERS, publish
 from edgert.kernels.jit import jit
 from edgert.kernels.program import (
+    ACTIVATE,
     AHEAD,
     ATTEND,
     COMBINE,
@@ -20,7 +21,10 @@ from edgert.kernels.program import (
     GATHER,
     GROUP,
     HEADS,
+    LIVE,
     MATMUL,
+    NEURONS_DOWN,
+    NEURONS_UP,
     NORM,
     OUTPUT,
     OUTPUTS,
@@ -33,6 +37,7 @@ from edgert.kernels.program import (
     SEQUENCE,
     SLOT,
     TOKEN,
+    WHOLE,
 )
 from edgert.kernels.quantize import quantize
 from edgert.kernels.rmsnorm import rmsnorm
@@ -173,6 +178,16 @@ GATE_GROUPS = 64
 
 
 @jit
+def _activate(c, threshold, unit, f, rows, job):
+    kind, g, stride, groups = c[3], c[4], c[5], c[6]
+    pieces = (groups + GATE_GROUPS - 1) // GATE_GROUPS
+    t, first = unit // pieces, unit % pieces * GATE_GROUPS
+    if rows[POSITION, t] < job[WHOLE]:
+        threshold = np.float32(0.0)
+    neurons.activate(kind, threshold, f, g + t * stride + first * 32, min(GATE_GROUPS, groups - first) * 32)
+
+
+@jit
 def _route(c, t, f, routes):
     x, experts, active, normalized, shared = c[3] + t * c[4], c[5], c[6], c[7], c[8]
     if shared >= 0:
@@ -214,7 +229,7 @@ def _combine(c, t, f, routes):
 
 
 @jit
-def units_of(c, count):
+def units_of(c, count, routes):
     """How many units an operation of `count` rows has."""
     op = c[0]
     if count == 0:
@@ -227,7 +242,13 @@ def units_of(c, count):
         return count * c[6] * _pieces(c[5] // c[6])
     if op == GATE:
         return count * ((c[7] + GATE_GROUPS - 1) // GATE_GROUPS)
-    if op == GROUP or op == PUBLISH:
+    if op == ACTIVATE:
+        return count * ((c[6] + GATE_GROUPS - 1) // GATE_GROUPS)
+    if op == NEURONS_UP:
+        return neurons.units_of_up(c, count, routes)
+    if op == NEURONS_DOWN:
+        return neurons.units_of_down(c)
+    if op == GROUP or op == PUBLISH or op == LIVE:
         return 1
     if op == EXPERTS:
         return 0
@@ -235,7 +256,9 @@ def units_of(c, count):
 
 
 @jit
-def run_unit(c, real, unit, count, me, w, table, f, xq, xs, xn, kv, routes, rows, paths, job):
+def run_unit(
+    c, real, unit, count, me, w, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows, paths, job
+):
     """Compute unit `unit` of an operation of `count` rows."""
     op = c[0]
     if op == MATMUL:
@@ -244,6 +267,14 @@ def run_unit(c, real, unit, count, me, w, table, f, xq, xs, xn, kv, routes, rows
         _attend(c, real, unit, rows, paths, me, f, xq, xs, xn, kv)
     elif op == GATE:
         _gate(c, unit, f, xq, xs, xn)
+    elif op == NEURONS_UP:
+        neurons.run_up(c, unit, count, me, w, f, xq, xs, xn, routes, spare, spare_view)
+    elif op == NEURONS_DOWN:
+        neurons.run_down(c, unit, count, me, w, f, xq, xs, xn, routes, spare, spare_view)
+    elif op == ACTIVATE:
+        _activate(c, real, unit, f, rows, job)
+    elif op == LIVE:
+        neurons.run_live(c, count, f, xq, routes)
     elif op == NORM:
         _norm(c, real, unit, rows[OUTPUT, unit] if c[1] == OUTPUTS else unit, w, f, xq, xs, xn)
     elif op == HEADS:

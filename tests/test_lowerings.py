@@ -26,6 +26,9 @@ from edgert.kernels import (
     jit,
     kv,
     matmul,
+    neuron_packing,
+    neurons,
+    packing,
     quantize,
     rmsnorm,
     rope,
@@ -36,7 +39,7 @@ from edgert.kernels import (
 )
 from edgert.model.forward import Forward
 from tests import kernel_inputs as inputs
-from tests import test_kernel_matmul, test_kernel_routing, test_kernel_rows
+from tests import test_kernel_matmul, test_kernel_neurons, test_kernel_routing, test_kernel_rows
 
 GOLDEN = {
     "matmul f32": "992e212db5550405",
@@ -55,6 +58,8 @@ GOLDEN = {
     "attention f16": "7d69eae0c41142ea",
     "attention q8": "90192d1fe26b0ee4",
     "attention q4": "3149872647eab93d",
+    "neurons q8": "0a25bc59c603d8f4",
+    "neurons q4": "28ba91e2bb328dd8",
     "decode f16": "e832ddafb4b22c37",
     "decode q8": "26fa14c59c6ab0a4",
     "decode q4": "e9a0f91b6d16a59b",
@@ -183,6 +188,29 @@ def attentions(kind: int) -> Iterator[Any]:
             yield s[y_at : y_at + heads * wide]
 
 
+def neuron_sums(quant: str) -> Iterator[Any]:
+    """Sums over single neurons, and their bytes in the order of whole matrices."""
+    for seed, (count, width) in enumerate(((70, 40), (33, 544), (100, 1056))):
+        case = test_kernel_neurons.Case(quant, seed, count, width)
+        sizes = neuron_packing.NeuronShape.of(quant, width)
+        up, down = (
+            test_kernel_neurons.up_arguments(case),
+            test_kernel_neurons.down_arguments(case, 0, sizes.slices),
+        )
+        neurons.add_up(*up)
+        yield up[12][up[14] :]
+        neurons.add_down(*down)
+        yield down[11][down[13] :]
+        size = packing.RECORD_BYTES[quant]
+        out = np.zeros((sizes.spans * 16 + 8 * case.inner) * size, np.uint8)
+        at = test_kernel_neurons.W_AT
+        neurons.block_of_up(case.number, case.w, at, case.groups, 1, out, 0)
+        neurons.slice_of_down(
+            case.number, case.w, at, case.groups, case.inner, 0, out, sizes.spans * 16 * size
+        )
+        yield out
+
+
 def decoded(kv_type: Any) -> Iterator[Any]:
     """Greedy tokens and their logits, of a model with matrices of every precision."""
     spec = ModelSpec("qwen3", 2, 72, 6, 2, 20, 100, 90, 64, 1e-5, "silu", True, True, qk_norm=True)
@@ -229,6 +257,7 @@ PARTS: dict[str, Callable[[], Iterator[Any]]] = {
     "attention f16": lambda: attentions(0),
     "attention q8": lambda: attentions(1),
     "attention q4": lambda: attentions(2),
+    **{f"neurons {quant}": lambda quant=quant: neuron_sums(quant) for quant in neuron_packing.QUANTS},  # type: ignore[misc]
     "decode f16": lambda: decoded("f16"),
     "decode q8": lambda: decoded("q8"),
     "decode q4": lambda: decoded("q4"),

@@ -12,6 +12,7 @@ from edgert.calibration.text import DEFAULT_TOKENS, Text, read_text
 from edgert.calibration.walk import Walk
 from edgert.config import Quant, QuantSpec
 from edgert.converters import ConversionReport, Progress
+from edgert.converters.neurons import Sparsity
 from edgert.errors import ConversionError
 from edgert.format import ErtFile
 from edgert.model.forward import Forward
@@ -30,6 +31,7 @@ def convert(
     progress: Progress | None = None,
     *,
     exits: str | os.PathLike[str] | None = None,
+    sparsity: Sparsity = "auto",
     calibrate: str | os.PathLike[str] | None = None,
 ) -> ConversionReport:
     """As `edgert.converters.convert`; with `calibrate`, a .txt or .jsonl file, rounded as suits that text.
@@ -39,12 +41,12 @@ def convert(
     says what it was calibrated with. Raises what `converters.convert` raises, and UsageError for the text.
     """
     if calibrate is None:
-        return converters.convert(source, out, quant, progress, exits=exits)
+        return converters.convert(source, out, quant, progress, exits=exits, sparsity=sparsity)
     with (
         _reference(Path(source), Path(out), exits) as file,
         closing(TextCalibration(file, Path(calibrate))) as c,
     ):
-        return converters.convert(source, out, quant, progress, exits=exits, calibration=c)
+        return converters.convert(source, out, quant, progress, exits=exits, sparsity=sparsity, calibration=c)
 
 
 @contextmanager
@@ -52,7 +54,7 @@ def _reference(source: Path, out: Path, exits: str | os.PathLike[str] | None) ->
     """The model near enough to the source's precision to be observed, in a temporary file beside `out`."""
     temporary = out.with_name(f".{out.name[:40]}.{secrets.token_hex(4)}.reference")
     try:
-        converters.convert(source, temporary, "q8" if source.is_dir() else None, exits=exits)
+        converters.convert(source, temporary, "q8" if source.is_dir() else None, exits=exits, sparsity="none")
         with ErtFile.open(temporary) as file:
             yield file
     finally:

@@ -15,6 +15,7 @@ from edgert.calibration import convert
 from edgert.cli.options import FILE, size_text, trust_text
 from edgert.config import QUANTS, Quant
 from edgert.converters import ConversionReport, split
+from edgert.converters.neurons import SPARSITIES, Sparsity
 from edgert.errors import UsageError
 from edgert.format import ErtFile
 from edgert.format.exits import EXITS_KEY
@@ -49,6 +50,14 @@ from edgert.format.verify import check
     metavar="TEXT",
     help="Run the model over this text first (.txt or .jsonl) and round so that it loses least there.",
 )
+@click.option(
+    "--sparsity",
+    type=click.Choice(SPARSITIES),
+    default="auto",
+    show_default=True,
+    help="Store the feed-forward neuron by neuron, so that those that do not fire are not read: never, for "
+    "activations that are exactly zero for many (ReLU), or an error where that cannot be.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def convert_command(
     source: Path,
@@ -57,6 +66,7 @@ def convert_command(
     layer: int | None,
     exits: Path | None,
     calibrate: Path | None,
+    sparsity: Sparsity,
     as_json: bool,
 ) -> None:
     """Convert a Hugging Face model folder or a GGUF file to one .ert file.
@@ -81,10 +91,14 @@ def convert_command(
             bar.update(task, description=name[-24:], completed=done_bytes, total=total_bytes)
 
         if layer is None:
-            report = convert(source, output, quant, progress, exits=exits, calibrate=calibrate)
+            report = convert(
+                source, output, quant, progress, exits=exits, sparsity=sparsity, calibrate=calibrate
+            )
             reports: tuple[ConversionReport, ...] = (report,)
         else:
-            reports = split(source, layer, outputs[0], outputs[1], quant, progress, exits=exits)
+            reports = split(
+                source, layer, outputs[0], outputs[1], quant, progress, exits=exits, sparsity=sparsity
+            )
     if as_json:
         rows = [_report_json(report) for report in reports]
         print(json.dumps(rows if layer is not None else rows[0]))

@@ -2,14 +2,16 @@
 
 Shapes are logical. A matrix W[N, K] is stored in tiles of ROW_BLOCK rows by GROUP columns,
 so N and K are padded with zeros to whole tiles. An expert [3, F, D] is the three matrices gate [F, D],
-up [F, D] and down [D, F] one after another. Everything else is stored flat.
+up [F, D] and down [D, F] one after another; neurons [2, F, D] are up and down interleaved (see
+kernels/neuron_packing.py). Everything else is stored flat.
 """
 
 from typing import Final, Literal
 
 from edgert.config import QUANTS
+from edgert.kernels import neuron_packing
 
-Role = Literal["matrix", "router", "expert", "vector", "bytes"]
+Role = Literal["matrix", "router", "expert", "neurons", "vector", "bytes"]
 
 # One AVX-512 register holds 16 rows of 4 int8 values; AVX2 takes two, NEON four.
 # Fewer rows would waste lanes there, more would waste rows of small matrices.
@@ -34,13 +36,17 @@ QUANTS_OF: Final[dict[Role, tuple[str, ...]]] = {
     "matrix": QUANTS,
     "router": ("f32",),  # rounding it would send tokens to other experts
     "expert": QUANTS,
+    "neurons": neuron_packing.QUANTS,
     "vector": ("f32",),
     "bytes": ("u8",),
 }
+QUANTIZED: Final[tuple[Role, ...]] = ("matrix", "expert", "neurons")
+"""What has a choice of precision."""
 LAYOUT_OF: Final[dict[Role, str]] = {
     "matrix": "rows16",
     "router": "rows16",
     "expert": "gated16",
+    "neurons": "neurons32",
     "vector": "flat",
     "bytes": "flat",
 }
@@ -63,6 +69,9 @@ def stored_bytes(role: Role, quant: str, shape: tuple[int, ...]) -> int:
     """
     if role in ("matrix", "router"):
         return _tiles(*shape) * TILE_BYTES[quant]
+    if role == "neurons":
+        _, ffn, width = shape
+        return neuron_packing.stored_bytes(quant, ffn, width)
     if role == "expert":
         _, ffn, width = shape
         return (2 * _tiles(ffn, width) + _tiles(width, ffn)) * TILE_BYTES[quant]

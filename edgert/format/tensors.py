@@ -30,7 +30,7 @@ class StoredTensor:
     role: Role
     shape: tuple[int, ...]  # logical, before any padding
     quant: str  # f32, f16, q8 or q4 (a router's and a vector's: f32); u8 for bytes
-    layout: str  # rows16 for a matrix, gated16 for an expert, flat for the rest
+    layout: str  # rows16 for a matrix, gated16 for an expert, neurons32 for neurons, flat for the rest
     offset: int  # from the start of the file, a multiple of PAGE
     nbytes: int  # without the zeros up to the next page
     sha256: str  # of those nbytes, in lowercase hexadecimal
@@ -69,12 +69,21 @@ def expert_name(layer: int, expert: int) -> str:
     return f"layers.{layer}.experts.{expert}"
 
 
+def neurons_name(layer: int) -> str:
+    """The tensor that holds the up and down of a layer, neuron by neuron."""
+    return f"layers.{layer}.neurons"
+
+
 def matrices_in(decl: TensorDecl | StoredTensor) -> tuple[tuple[str, int, int], ...]:
     """Name, rows and columns of the matrices that a tensor holds, in the order of its bytes."""
     if decl.role == "expert":
         _, ffn, width = decl.shape
         sizes = (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn))
         return tuple((f"{decl.name}.{name}", rows, columns) for name, rows, columns in sizes)
+    if decl.role == "neurons":
+        _, ffn, width = decl.shape
+        layer = decl.name.removesuffix(".neurons")
+        return ((f"{layer}.up", ffn, width), (f"{layer}.down", width, ffn))
     if decl.role in ("matrix", "router"):
         rows, columns = decl.shape
         return ((decl.name, rows, columns),)
@@ -108,6 +117,10 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[TensorDecl]:
             return
         yield TensorDecl("shared_router", (1, width), "router")
         ffn, prefix = spec.shared_width, "shared_"
+    if spec.neurons:
+        yield _matrix("gate", ffn, width)
+        yield TensorDecl("neurons", (2, ffn, width), "neurons")
+        return
     for name, rows, columns in (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn)):
         yield _matrix(f"{prefix}{name}", rows, columns)
         if spec.ffn_bias:

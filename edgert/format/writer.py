@@ -23,7 +23,16 @@ import numpy.typing as npt
 from edgert.config import ModelSpec
 from edgert.errors import ConversionError
 from edgert.format.header import LENGTH_BYTES, MAX_HEADER, RESERVED_KEYS, encode_header
-from edgert.format.layout import LARGE_PAGE, LAYOUT_OF, PAGE, QUANTS_OF, page_padded, round_up, stored_bytes
+from edgert.format.layout import (
+    LARGE_PAGE,
+    LAYOUT_OF,
+    PAGE,
+    QUANTIZED,
+    QUANTS_OF,
+    page_padded,
+    round_up,
+    stored_bytes,
+)
 from edgert.format.tensors import TOKENIZER, StoredTensor, TensorDecl, declared
 
 Buffer = bytes | bytearray | memoryview | npt.NDArray[Any]
@@ -224,7 +233,7 @@ def _byte_view(chunk: Buffer) -> memoryview:
 
 def _plan(decls: tuple[TensorDecl, ...], quants: Mapping[str, str]) -> list[StoredTensor]:
     """The tensors with their sizes and their offsets from the start of the data."""
-    matrices = {decl.name for decl in decls if decl.role in ("matrix", "expert")}
+    matrices = {decl.name for decl in decls if decl.role in QUANTIZED}
     if quants.keys() != matrices:
         wrong = sorted(matrices ^ quants.keys())[0]
         state = "no" if wrong in matrices else "a"

@@ -7,7 +7,9 @@ from edgert.config import ACTIVATIONS, EngineConfig
 from edgert.kernels import program
 from edgert.kernels.attention import MOST_HEADS
 from edgert.kernels.matmul import Q8, record_bytes
+from edgert.kernels.neuron_packing import SPAN
 from edgert.kv_cache import KvCache
+from edgert.model.firing import Firing
 from edgert.model.routing import Routing
 from edgert.state import MAX_OUTPUTS, Layout, Rows, Weights, padded
 
@@ -45,10 +47,13 @@ class Builder:
         self.scratch_stride = padded(MOST_HEADS * (cache.capacity + padded(spec.head_dim) + 1))
         self.scratch = layout.floats
         layout.floats += config.threads * self.scratch_stride
+        if spec.neurons:
+            self.firing = Firing(spec, config, layout, weights.neurons(spec.first_layer).quant)
         if spec.experts:
             self.routing = Routing(spec, rows, layout)
         self.queries = layout.groups  # per thread: the heads of a call, rotated and quantised
         layout.groups += config.threads * MOST_HEADS * (padded(spec.head_dim) // 32)
+        layout.groups += SPAN  # rows of up take the scales of x by spans, past the end of the last row
         self._code: list[NDArray[np.int64]] = []
         self._reals: list[float] = []
 
@@ -213,14 +218,12 @@ class Builder:
             scratch_stride=self.scratch_stride,
             queries=self.queries,
         )
-        self.add(
-            program.QUANTIZE,
-            x=self.mixed.at,
-            x_stride=self.mixed.stride,
-            groups=self.mixed.groups,
-            xq=self.mixed.quantized,
-        )
-        return self.mixed
+        return self.quantize(self.mixed)
+
+    def quantize(self, x: Rows) -> Rows:
+        """The quantised rows of x."""
+        self.add(program.QUANTIZE, x=x.at, x_stride=x.stride, groups=x.groups, xq=x.quantized)
+        return x
 
     def gated(self, down: str, gate: Rows, up: Rows) -> Rows:
         """gate = act(gate) * up, quantised where the matrix `down` that follows wants it so."""

@@ -4,6 +4,7 @@ They differ in what the ModelSpec and the tensors say (biases, norms of q and k,
 the order of computation.
 """
 
+from edgert.model import neurons
 from edgert.model.builder import Builder
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -33,6 +34,9 @@ def feed_forward(b: Builder, index: int) -> None:
     """hidden += ffn(norm(hidden))."""
     name = f"layers.{index}"
     x = b.norm(f"{name}.ffn_norm")
+    if b.spec.neurons:
+        neurons.feed_forward(b, index, x)
+        return
     b.linear(f"{name}.gate", x, b.gate, last=False)
     b.linear(f"{name}.up", x, b.up)
     b.linear(f"{name}.down", b.gated(f"{name}.down", b.gate, b.up), b.hidden, add=True)

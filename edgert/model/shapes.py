@@ -8,8 +8,9 @@ import numpy as np
 from edgert.config import ModelSpec, Quant
 from edgert.errors import OptionError
 from edgert.format import ErtWriter, StoredTensor, declared
-from edgert.format.layout import LAYOUT_OF, page_padded, stored_bytes
+from edgert.format.layout import LAYOUT_OF, QUANTIZED, page_padded, stored_bytes
 from edgert.kernels import packing
+from edgert.kernels.neuron_packing import CLUSTER, NeuronShape
 from edgert.state import Weights
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
@@ -53,6 +54,14 @@ def _shape(
 
 SHAPES: dict[str, ModelSpec] = {
     "qwen2.5-0.5b": _shape("qwen2", 24, 896, 14, 2, 64, 4864, 151936, qkv_bias=True, rope_theta=1e6),
+    "prosparse-llama-2-7b": _shape(
+        *("llama", 32, 4096, 32, 32, 128, 11008, 32000),
+        context=4096,
+        rope_theta=1e4,
+        tied_embeddings=False,
+        activation="relu",
+        neurons=True,
+    ),
     "llama-3.2-1b": _shape("llama", 16, 2048, 32, 8, 64, 8192, 128256),
     "llama-3.2-3b": _shape("llama", 28, 3072, 24, 8, 128, 8192, 128256),
     "qwen3-4b": _shape("qwen3", 36, 2560, 32, 8, 128, 9728, 151936, qk_norm=True, rope_theta=1e6),
@@ -96,7 +105,7 @@ def planned(spec: ModelSpec, quant: Quant) -> tuple[dict[str, StoredTensor], int
     """Where each tensor of a model lies when all matrices have one precision, and the total size."""
     tensors, at = {}, 0
     for decl in declared(spec):
-        kind = quant if decl.role in ("matrix", "expert") else "f32"
+        kind = quant if decl.role in QUANTIZED else "f32"
         size = stored_bytes(decl.role, kind, decl.shape)
         layout = LAYOUT_OF[decl.role]
         tensors[decl.name] = StoredTensor(decl.name, decl.role, decl.shape, kind, layout, at, size, "")
@@ -118,7 +127,7 @@ def write_random(path: Path, spec: ModelSpec, quant: Quant, seed: int = 0) -> No
     """The weights of `random_weights` as a file without a tokenizer, one tensor in memory at a time."""
     tensors, _ = planned(spec, quant)
     fill = _Filler(spec, quant, seed)
-    quants = {t.name: t.quant for t in tensors.values() if t.role in ("matrix", "expert")}
+    quants = {t.name: t.quant for t in tensors.values() if t.role in QUANTIZED}
     with ErtWriter(path, spec, quants, metadata={"source": "random weights"}) as writer:
         for tensor in tensors.values():
             view = np.zeros(tensor.nbytes, np.uint8)
@@ -146,6 +155,8 @@ class _Filler:
             spread = np.float32(2 * tensor.shape[1] ** -0.5)
             rows = self._rng.standard_normal(tensor.shape, np.float32) * spread
             view[:] = packing.pack_floats(rows).reshape(-1)
+        elif tensor.role == "neurons":
+            _fill_neurons(view, self._quant, tensor.shape[-1], self._noise)
         else:
             _fill_matrix(view, self._quant, tensor.shape[-1], self._noise)
 
@@ -169,5 +180,21 @@ def _fill_matrix(
         return
     period = noise.size // size * size
     view[:] = np.resize(noise[:period], view.size)
-    # A uniform byte has a standard deviation of 74, a uniform nibble one of 4.6.
-    records[:, -32:].view(np.float16)[:] = spread / (74.0 if quant == "q8" else 4.6)
+    records[:, -32:].view(np.float16)[:] = spread / _DEVIATION[quant]
+
+
+_DEVIATION = {"q8": 74.0, "q4": 4.6}
+"""Of a uniform byte, and of a uniform nibble."""
+
+
+def _fill_neurons(view: Bytes, quant: Quant, width: int, noise: Bytes) -> None:
+    sizes, record = NeuronShape.of(quant, width), packing.RECORD_BYTES[quant]
+    clusters = view.reshape(-1, sizes.cluster)
+    # A cluster of the next tensor starts elsewhere in the noise, so that its neurons are others.
+    clusters[:] = np.resize(np.roll(noise, -12345), clusters.shape)
+    scale = np.full(16, width**-0.5 / _DEVIATION[quant], np.float16)
+    clusters[:, : sizes.scales] = np.resize(scale.view(np.uint8), sizes.scales)
+    for neuron in range(CLUSTER):
+        at = sizes.scales + neuron * (sizes.up + sizes.down)
+        for end in range(at + record, at + sizes.up + 1, record):
+            clusters[:, end - 32 : end] = scale.view(np.uint8)

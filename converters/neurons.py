@@ -1,0 +1,113 @@
+"""The up and down of a feed-forward, neuron by neuron (kernels/neuron_packing.py), from any source."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Final, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.config import ModelSpec, Quant
+from edgert.converters.compensate import Errors, compensated_q4
+from edgert.converters.quantize import Codes, Distortion, dequantize, quantize_q4, quantize_q8
+from edgert.errors import OptionError
+from edgert.format import StoredTensor
+from edgert.format.tensors import matrices_in
+from edgert.kernels import neuron_packing
+from edgert.kernels.packing import GROUP
+
+SPARSE_ACTIVATIONS: Final = ("relu", "relu2")
+"""Activations that are exactly zero for about half of all inputs, and for more in models trained so."""
+SLAB_WEIGHTS: Final = 1 << 20
+"""Weights of one slab, as in pipeline.py."""
+
+Sparsity = Literal["auto", "exact", "none"]
+SPARSITIES: Final[tuple[Sparsity, ...]] = ("auto", "exact", "none")
+
+_Pair = tuple[NDArray[np.int8], NDArray[np.float16]]
+
+
+class _Rows(Protocol):
+    """What is needed of a WeightSource (pipeline.py)."""
+
+    def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32] | Codes]: ...
+
+
+def with_sparsity(spec: ModelSpec, quant: Quant, sparsity: Sparsity) -> ModelSpec:
+    """The spec of a model stored neuron by neuron, where that is wanted; OptionError where it cannot be."""
+    if sparsity not in SPARSITIES:
+        raise OptionError(f"sparsity is {sparsity!r}; expected one of {', '.join(SPARSITIES)}")
+    zeros = spec.activation in SPARSE_ACTIVATIONS
+    fits = quant in neuron_packing.QUANTS and not spec.experts and not spec.ffn_bias
+    if sparsity == "exact" and not (zeros and fits):
+        found = (
+            "experts" if spec.experts else "ffn_bias" if spec.ffn_bias else f"{spec.activation} in {quant}"
+        )
+        raise OptionError(
+            f"sparsity is exact for a model with {found}; expected a dense one with "
+            f"{' or '.join(SPARSE_ACTIVATIONS)} in {' or '.join(neuron_packing.QUANTS)}"
+        )
+    return replace(spec, neurons=zeros and fits and sparsity != "none")
+
+
+def neuron_clusters(
+    tensor: StoredTensor,
+    source: _Rows,
+    distortion: Distortion,
+    done: Callable[[str, int], None],
+    errors_of: Callable[[str, str], Errors | None],
+) -> Iterator[NDArray[np.uint8]]:
+    """The clusters of a layer, some at a time. All of down is held meanwhile, as int8.
+
+    errors_of: what errors in the columns of a matrix to be stored so do, where that is known.
+    """
+    (up, neurons, width), (down, _, _) = matrices_in(tensor)
+    quant = tensor.quant
+    errors = errors_of(up, quant)  # in the order of use: a calibration gives them only so
+    columns = _whole(source, down, width, neurons, quant, distortion, errors_of(down, quant))
+    slab_rows = max(1, SLAB_WEIGHTS // (width * neuron_packing.CLUSTER)) * neuron_packing.CLUSTER
+    at = 0
+    for slab in source.rows(up, slab_rows):
+        codes = _codes(slab, quant, up, distortion, errors)
+        rows = slice(at, at + len(codes[0]))
+        groups = slice(at // GROUP, -(-rows.stop // GROUP))
+        packed = neuron_packing.pack_clusters(quant, codes, (columns[0][:, rows], columns[1][:, groups]))
+        yield packed
+        done(tensor.name, packed.nbytes)
+        at = rows.stop
+
+
+def _whole(
+    source: _Rows,
+    name: str,
+    rows: int,
+    columns: int,
+    quant: str,
+    distortion: Distortion,
+    errors: Errors | None,
+) -> _Pair:
+    values = np.empty((rows, columns), np.int8)
+    scales = np.empty((rows, -(-columns // GROUP)), np.float16)
+    at = 0
+    for slab in source.rows(name, max(1, SLAB_WEIGHTS // columns)):
+        part = _codes(slab, quant, name, distortion, errors)
+        span = slice(at, at + len(part[0]))
+        values[span], scales[span] = part
+        at = span.stop
+    return values, scales
+
+
+def _codes(
+    slab: NDArray[np.float32] | Codes, quant: str, name: str, distortion: Distortion, errors: Errors | None
+) -> _Pair:
+    """Quantised rows; those that a source stores as we do stay what they are."""
+    if isinstance(slab, Codes) and slab.fit(quant):
+        return slab.values, slab.scales.astype(np.float16)
+    weights = slab.floats() if isinstance(slab, Codes) else slab
+    if errors is not None:
+        values, scales = compensated_q4(weights, errors, name)
+    else:
+        quantize = quantize_q4 if quant == "q4" else quantize_q8
+        values, scales = quantize(weights, name=name)
+    distortion.add(weights, dequantize(values, scales))
+    return values, scales

@@ -1,0 +1,27 @@
+"""The buffers of layers of which only the neurons that fire are computed."""
+
+from edgert.config import EngineConfig, ModelSpec
+from edgert.kernels.matmul import record_bytes
+from edgert.kernels.neuron_packing import SLICE, SPAN
+from edgert.kernels.neurons import MOST_ROWS, QUAD_LIST, ROWS_AHEAD
+from edgert.state import Layout
+
+
+class Firing:
+    """One set for all layers. quant: of their up and down, as in kernels/matmul.py."""
+
+    def __init__(self, spec: ModelSpec, config: EngineConfig, layout: Layout, quant: int) -> None:
+        groups, inner = -(-spec.width // 32), -(-spec.ffn_width // 32)
+        self.spans, self.slices = -(-groups // SPAN), -(-spec.width // SLICE)
+        self.live = layout.integers(spec.ffn_width + 1 + ROWS_AHEAD)  # how many neurons fire, and which
+        self.quads = layout.integers(config.threads * 2 * QUAD_LIST)  # per thread: of a group and the next
+        self.spread = layout.groups  # the rows of x as rows of up take them
+        layout.groups += MOST_ROWS * self.spans * SPAN
+        # Per thread: of 16 rows of up the sums, the scales and the result; of columns of down the
+        # sums of the outputs.
+        self.scratch, self.scratch_stride = layout.floats, max(33 * 16 * self.spans, SLICE * self.slices)
+        layout.floats += config.threads * self.scratch_stride
+        # Per thread: a block of up, or 8 of down, in the order of rows16.
+        size = int(record_bytes(quant))
+        self.spare_stride = max(self.spans * SPAN, 8 * inner) * size
+        layout.spare = config.threads * self.spare_stride

@@ -1,0 +1,68 @@
+"""A feed-forward of which only the neurons that fire are computed (kernels/neurons.py)."""
+
+from edgert.config import ACTIVATIONS
+from edgert.kernels import program
+from edgert.model.builder import Builder
+from edgert.state import Rows
+
+
+def feed_forward(b: Builder, index: int, x: Rows) -> None:
+    """hidden += W_down (act(W_gate x) * W_up x), of the neurons that fire."""
+    spec, at, tiling = b.spec, b.weights.neurons(index), b.config.tiling
+    firing = b.firing
+    b.linear(f"layers.{index}.gate", x, b.gate)
+    b.add(
+        program.ACTIVATE,
+        real=b.config.thresholds[index] if b.config.thresholds else 0.0,
+        kind=ACTIVATIONS.index(spec.activation),
+        g=b.gate.at,
+        stride=b.gate.stride,
+        groups=b.gate.groups,
+    )
+    b.add(
+        program.LIVE,
+        x=x.quantized,
+        groups=x.groups,
+        spread=firing.spread,
+        g=b.gate.at,
+        stride=b.gate.stride,
+        width=spec.ffn_width,
+        live=firing.live,
+    )
+    b.add(
+        program.NEURONS_UP,
+        quant=at.quant,
+        w_at=at.at,
+        groups=x.groups,
+        width=spec.ffn_width,
+        live=firing.live,
+        x=x.quantized,
+        spread=firing.spread,
+        g=b.gate.at,
+        u=b.up.at,
+        stride=b.up.stride,
+        scratch=firing.scratch,
+        scratch_stride=firing.scratch_stride,
+        spare_stride=firing.spare_stride,
+        most=tiling.most,
+        ahead=tiling.ahead,
+    )
+    b.quantize(b.gate)
+    b.add(
+        program.NEURONS_DOWN,
+        quant=at.quant,
+        w_at=at.at,
+        groups=x.groups,
+        inner=b.gate.groups,
+        # Two units per thread: the longer the pieces of a column, the better memory streams them.
+        unit=-(-firing.slices // (2 * b.config.threads)),
+        h=b.gate.quantized,
+        y=b.hidden.at,
+        y_stride=b.hidden.stride,
+        scratch=firing.scratch,
+        scratch_stride=firing.scratch_stride,
+        spare_stride=firing.spare_stride,
+        most=tiling.most,
+        ahead=tiling.ahead,
+        quads=firing.quads,
+    )

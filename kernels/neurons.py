@@ -1,0 +1,281 @@
+"""The feed-forward neuron by neuron: only those that fire are read (PowerInfer-2, section 4.2).
+
+    a[n] = act(gate[n]);  h[n] = a[n] * (W_up[n] x);  y = W_down h        n: the neurons with a[n] != 0
+
+A neuron whose activation is zero adds fma(0, w, y) = y to every output: leaving it out changes no bit. The
+gate is computed whole. Of up, 16 neurons that fire are a unit; of down, some slices of the outputs, so that
+each output is whole in one unit. Several rows at once take the neurons that fire for any of them. With more
+rows than MOST_ROWS nearly all do, and unpacking a weight once for all rows is worth more than not reading it:
+up and down are then brought into the order of rows16, some blocks at a time, and multiplied as any matrix.
+"""
+
+import numpy as np
+
+from edgert.kernels import matmul, neuron_tiles, simd
+from edgert.kernels.activation import activated
+from edgert.kernels.jit import jit, kernel
+from edgert.kernels.neuron_packing import SLICE
+from edgert.kernels.reference import neurons as _twin
+
+MOST_ROWS = 8
+"""Rows up to which single neurons are computed: where 15% fire for one row, 73% do for any of 8 unrelated."""
+BATCH = 16
+"""Neurons of a unit of up: one lane each."""
+ROWS_AHEAD = 2
+"""Neurons ahead of the one computed whose row of up is asked for: one takes less time than memory."""
+
+_rows_q4, _rows_q8 = neuron_tiles.row_sums("q4"), neuron_tiles.row_sums("q8")
+_add_q4, _add_q8 = neuron_tiles.add_columns("q4"), neuron_tiles.add_columns("q8")
+_block_q4, _block_q8 = neuron_tiles.rows_of_up("q4"), neuron_tiles.rows_of_up("q8")
+_group_q4, _group_q8 = neuron_tiles.group_of_down("q4"), neuron_tiles.group_of_down("q8")
+
+
+@jit
+def sizes(quant, groups):
+    """Spans and slices of a neuron of `groups` groups; bytes of the scales, a row of up, a column of down."""
+    spans, slices = (groups + 15) // 16, (groups + 3) // 4
+    return spans, slices, slices * 256, spans * matmul.record_bytes(quant), slices * slice_bytes(quant)
+
+
+@jit
+def slice_bytes(quant):
+    """Bytes of 128 outputs of one neuron."""
+    return 64 if quant == matmul.Q4 else 128
+
+
+@jit
+def _neuron(n, w_at, scales, bundle):
+    """The byte where neuron n starts."""
+    return w_at + n // 32 * (scales + 32 * bundle) + scales + n % 32 * bundle
+
+
+@kernel(_twin.activate)
+def activate(kind, threshold, g, g_at, count):
+    """g[g_at : g_at + count] <- act(g), or 0 where that is below `threshold` in magnitude; count: of 16."""
+    for i in range(0, count, 16):
+        value = activated(kind, simd.load_f32(g, g_at + i))
+        simd.store_f32(g, g_at + i, simd.not_below(value, simd.splat(threshold)))
+
+
+@kernel(_twin.multiply)
+def multiply(g, g_at, u, u_at, count):
+    """g[g_at : g_at + count] *= u; count: of 16."""
+    for i in range(0, count, 16):
+        simd.store_f32(g, g_at + i, simd.mul(simd.load_f32(g, g_at + i), simd.load_f32(u, u_at + i)))
+
+
+@kernel(_twin.spread)
+def spread(x, x_at, groups, y, y_at):
+    """A row of int8 in the order in which rows of up take it.
+
+    Per span of 16 groups: y[y_at + 512 s + 64 j + 4 g + b] = x[x_at + 32 (16 s + g) + 4 j + b].
+    """
+    for group in range(groups):
+        span, g = group // 16, group % 16
+        for j in range(8):
+            neuron_tiles.move_four(x, x_at + group * 32 + 4 * j, y, y_at + span * 512 + j * 64 + g * 4)
+
+
+@kernel(_twin.list_live)
+def list_live(g, g_at, stride, rows, width, routes, at):
+    """routes[at] = how many neurons have a g that is not zero in any row; which, from routes[at + 1] on."""
+    count = 0
+    for n in range(width):
+        live = g[g_at + n] != np.float32(0.0)
+        for t in range(1, rows):
+            live |= g[g_at + t * stride + n] != np.float32(0.0)
+        routes[at + 1 + count] = n  # overwritten by the next where it does not count: no branch to mispredict
+        count += 1 if live else 0
+    routes[at] = count
+
+
+@kernel(_twin.add_up)
+def add_up(quant, w, w_at, groups, routes, first, count, x, x_at, xs, xn, s_at, f, work, y):
+    """f[y + n] += W_up[n] x for the up to 16 neurons n at routes[first : first + count]; more follow them.
+
+    x: spread int8 from x_at, with scales and sums from group s_at. Bit for bit the sums of `matmul`.
+    work: 33 * 16 floats for every span.
+    """
+    spans, _, scales, up, down = sizes(quant, groups)
+    stride, factors = spans * 16, work + spans * 256
+    for i in range(count):
+        at = _neuron(routes[first + i], w_at, scales, up + down)
+        ahead = _neuron(routes[first + i + ROWS_AHEAD], w_at, scales, up + down)
+        sums, products = work + i * stride, factors + i * stride
+        if quant == matmul.Q4:
+            _rows_q4(w, x, xs, xn, f, at, spans, x_at, s_at, sums, products, ahead)
+        else:
+            _rows_q8(w, x, xs, xn, f, at, spans, x_at, s_at, sums, products, ahead)
+    out = factors + spans * 256
+    neuron_tiles.chain(f, work, factors, stride, spans, out)
+    for i in range(count):
+        f[y + routes[first + i]] += f[out + i]
+
+
+QUAD_LIST = 8 * neuron_tiles.QUAD_WORDS
+"""Words of a list of the neurons of a group, in fours."""
+
+
+@jit
+def _list_quads(xq, at, columns, bundle, routes, quads):
+    """The neurons of a group whose int8 from xq[at] is not zero, in fours, to routes[quads]; how many fours.
+
+    The last four is filled with its first neuron, times zero.
+    """
+    mask, count = neuron_tiles.nonzero(xq, at), 0
+    while mask != 0:
+        into = quads + count * neuron_tiles.QUAD_WORDS
+        first = columns + neuron_tiles.lowest_bit(mask) * bundle
+        h = np.int64(0)
+        for i in range(4):
+            place = first
+            if mask != 0:
+                n = neuron_tiles.lowest_bit(mask)
+                place = columns + n * bundle
+                h |= (np.int64(xq[at + n]) & 255) << (8 * i)
+                mask &= mask - 1
+            routes[into + i] = place
+        routes[into + 4] = h
+        count += 1
+    return count
+
+
+@kernel(_twin.add_down)
+def add_down(quant, w, w_at, groups, inner, first, last, xq, xs, xn, h_at, f, work, y, routes, quads):
+    """f[y + d] += (W_down h)[d] for the outputs d of slices first..last-1, from the `inner` groups of h.
+
+    Reads the columns of the neurons whose int8 in xq is not zero. Bit for bit the sums of `matmul`.
+    work: SLICE floats for every slice; quads: two lists of QUAD_LIST words.
+    """
+    _, _, scales, up, down = sizes(quant, groups)
+    bundle, slices = up + down, last - first
+    for i in range(slices * SLICE):
+        f[work + i] = np.float32(0.0)
+    here, there = quads, quads + QUAD_LIST
+    columns = w_at + scales + up + first * slice_bytes(quant)
+    cluster = scales + 32 * bundle
+    count = _list_quads(xq, h_at * 32, columns, bundle, routes, here)
+    for g in range(inner):
+        coming = 0
+        if g + 1 < inner:
+            columns += cluster
+            coming = _list_quads(xq, (h_at + g + 1) * 32, columns, bundle, routes, there)
+        if count > 0:
+            at, total = w_at + g * cluster + first * 256, np.int64(xn[h_at + g])
+            if quant == matmul.Q4:
+                _add_q4(w, f, xs, routes, here, count, total, h_at + g, at, slices, work, there, coming)
+            else:
+                _add_q8(w, f, xs, routes, here, count, total, h_at + g, at, slices, work, there, coming)
+        here, there, count = there, here, coming
+    for i in range(min(slices * SLICE, groups * 32 - first * SLICE)):
+        f[y + first * SLICE + i] += f[work + i]
+
+
+@kernel(_twin.block_of_up)
+def block_of_up(quant, w, w_at, groups, block, out, out_at):
+    """Neurons 16 * block .. + 15 of up as one block of rows16 from out[out_at], 16 groups for every span."""
+    spans, _, scales, up, down = sizes(quant, groups)
+    at = _neuron(block * 16, w_at, scales, up + down)
+    if quant == matmul.Q4:
+        _block_q4(w, out, at, up + down, spans, out_at)
+    else:
+        _block_q8(w, out, at, up + down, spans, out_at)
+
+
+@kernel(_twin.slice_of_down)
+def slice_of_down(quant, w, w_at, groups, inner, which, out, out_at):
+    """Outputs 128 * which .. + 127 of down as 8 blocks of rows16 of `inner` groups from out[out_at]."""
+    _, _, scales, up, down = sizes(quant, groups)
+    size, bundle = matmul.record_bytes(quant), up + down
+    for g in range(inner):
+        cluster = w_at + g * (scales + 32 * bundle)
+        at, factors = cluster + scales + up + which * slice_bytes(quant), cluster + which * 256
+        if quant == matmul.Q4:
+            _group_q4(w, out, at, bundle, factors, out_at + g * size, inner * size)
+        else:
+            _group_q8(w, out, at, bundle, factors, out_at + g * size, inner * size)
+
+
+# ---- units of the operations of program.py; c: the operation's row ---------------------------
+
+
+@jit
+def run_live(c, rows, f, xq, routes):
+    """What the layer's up needs before its units are known."""
+    x, groups, into, g, stride, width, at = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
+    if rows > MOST_ROWS:
+        return
+    spans = (groups + 15) // 16
+    for t in range(rows):
+        spread(xq, (x + t * groups) * 32, groups, xq, into * 32 + t * spans * 512)
+    list_live(f, g, stride, rows, width, routes, at)
+
+
+@jit
+def units_of_up(c, rows, routes):
+    """Units of up; never one, so that whoever asks before `run_live` takes it for more than a single."""
+    if rows > MOST_ROWS:
+        return (c[6] + BATCH - 1) // BATCH
+    return max(2, (routes[c[7]] + BATCH - 1) // BATCH)
+
+
+@jit
+def run_up(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
+    """16 neurons that fire, or 16 of all."""
+    quant, w_at, groups, at, x, into = c[3], c[4], c[5], c[7], c[8], c[9]
+    g, u, stride, work = c[10], c[11], c[12], c[13] + me * c[14]
+    if rows > MOST_ROWS:
+        out, n = me * c[15], unit * BATCH
+        block_of_up(quant, w, w_at, groups, unit, spare, out)
+        for t in range(rows):
+            f[u + t * stride + n : u + t * stride + n + BATCH] = np.float32(0.0)
+        matmul.matmul(
+            quant, spare_view, out, groups, 0, 1, rows, f, 0, 0, xq, xs, xn, x, u + n, stride, c[16], c[17]
+        )
+        for t in range(rows):
+            multiply(f, g + t * stride + n, f, u + t * stride + n, BATCH)
+        return
+    first, spans = unit * BATCH, (groups + 15) // 16
+    count = min(BATCH, routes[at] - first)
+    if count <= 0:
+        return
+    first += at + 1
+    for t in range(rows):
+        row, gated = u + t * stride, g + t * stride
+        for i in range(count):
+            f[row + routes[first + i]] = np.float32(0.0)
+        spread_at = into * 32 + t * spans * 512
+        add_up(
+            quant, w, w_at, groups, routes, first, count, xq, spread_at, xs, xn, x + t * groups, f, work, row
+        )
+        for i in range(count):
+            n = routes[first + i]
+            f[gated + n] *= f[row + n]
+
+
+@jit
+def units_of_down(c):
+    """Units of down."""
+    return ((c[5] + 3) // 4 + c[7] - 1) // c[7]
+
+
+@jit
+def run_down(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
+    """Some slices of the outputs."""
+    quant, w_at, groups, inner, size, h = c[3], c[4], c[5], c[6], c[7], c[8]
+    y, y_stride, work, out = c[9], c[10], c[11] + me * c[12], me * c[13]
+    first = unit * size
+    last = min(first + size, (groups + 3) // 4)
+    if rows <= MOST_ROWS:
+        for t in range(rows):
+            at, quads = h + t * inner, c[16] + me * 2 * QUAD_LIST
+            row = y + t * y_stride
+            add_down(quant, w, w_at, groups, inner, first, last, xq, xs, xn, at, f, work, row, routes, quads)
+        return
+    for which in range(first, last):
+        slice_of_down(quant, w, w_at, groups, inner, which, spare, out)
+        blocks = min(8, groups * 2 - which * 8)
+        matmul.matmul(
+            quant, spare_view, out, inner, 0, blocks, rows, f, 0, 0, xq, xs, xn, h, y + which * 128, y_stride,
+            c[14], c[15],
+        )  # fmt: skip

@@ -1,0 +1,199 @@
+"""What leaving out the neurons that do not fire gives, in time.
+
+    bench_sparsity.py shape [--shape NAME] [--zeros 0.85,0.6] [--layers N] [-t THREADS] [-r ROUNDS]
+    bench_sparsity.py model FOLDER [--quant q4] [-t THREADS] [-r ROUNDS]
+
+`shape`: random weights of a published shape, their gates planted so that a chosen share of the activations is
+zero: how often a neuron fires follows the family's target (FIRING). `model`: a Hugging Face model with ReLU,
+converted both ways; greedy generation must give the same tokens. Rounds are interleaved; medians are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+import edgert
+from edgert.config import EngineConfig
+from edgert.kernels import program
+from edgert.model.forward import Forward
+from edgert.model.shapes import random_weights, shape
+from edgert.state import Weights
+
+FIRING = (
+    (0.0, 0.14),
+    (0.1, 0.6),
+    (0.25, 0.78),
+    (0.5, 0.99),
+    (0.75, 1.2),
+    (0.9, 1.43),
+    (0.95, 1.6),
+    (1.0, 2.4),
+)
+"""Quantiles of how often a neuron fires, over the mean: layer 5 of the family's target on 60 stories."""
+TOKENS = 16
+"""Tokens of one timing."""
+
+
+def planted(weights: Weights, zeros: float) -> None:
+    """Scale the rows of every gate so that neurons, at a threshold of 1, fire as often as FIRING says.
+
+    A random gate is about normal with a deviation of 1 before its row is scaled.
+    """
+    spec, rng = weights.spec, np.random.default_rng(7)
+    share, over = zip(*FIRING, strict=True)
+    data = weights.data.view()
+    data.flags.writeable = True
+    for layer in range(spec.layers):
+        often = np.interp(rng.random(spec.ffn_width), share, over) * (1 - zeros)
+        # P(s N > 1) = p for s = 1 / quantile(1 - p)
+        factors = np.array([1 / NormalDist().inv_cdf(1 - min(p, 0.49)) for p in often], np.float32)
+        tensor = weights.tensors[f"layers.{layer}.gate"]
+        groups = -(-spec.width // 32)
+        records = data[tensor.offset : tensor.offset + tensor.nbytes].reshape(-1, groups, 288)
+        scales = np.ascontiguousarray(records[:, :, -32:]).view(np.float16)  # [blocks, G, 16]
+        # Uniform nibbles have a mean: random signs of the groups take it out, and leave a deviation of 1.17.
+        signs = rng.choice(np.float32([-1, 1]), scales.shape) / np.float32(1.17)
+        scaled = (scales * signs * factors.reshape(-1, 1, 16)).astype(np.float16)
+        records[:, :, -32:] = scaled.view(np.uint8)
+
+
+def zeros_of(forward: Forward, tokens: list[int]) -> float:
+    """The mean share of activations that are zero in the last layer that ran, for the rows of `tokens`."""
+    zeros = []
+    code = forward.code
+    stop = [i for i, row in enumerate(code) if row[0] == program.NEURONS_UP]
+    for token in tokens:
+        forward.run([token], outputs=[0])
+        row = code[stop[-1]]
+        live = int(row[3 + program.FIELDS[program.NEURONS_UP].index("live")])
+        zeros.append(1 - forward.state.routes[live] / forward.spec.ffn_width)
+    forward.cache.rewind(0)
+    return float(np.mean(zeros))
+
+
+def seconds_per_token(forward: Forward) -> float:
+    """Of TOKENS tokens, one by one, from an empty cache."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(0, forward.spec.vocab, TOKENS).tolist()
+    began = time.perf_counter()
+    for token in tokens:
+        forward.run([token], outputs=[0])
+    took = (time.perf_counter() - began) / TOKENS
+    forward.cache.rewind(0)
+    return took
+
+
+def bench_shape(args: argparse.Namespace) -> dict:
+    """Dense and sparse decoding of random weights, by turns."""
+    spec = shape(args.shape)
+    if args.layers:
+        spec = replace(spec, layers=args.layers)
+    dense_spec = replace(spec, neurons=False)
+    config = EngineConfig(args.threads, 64, 32)
+    rows = []
+    with ExitStack() as stack:
+        runs = {"dense": stack.enter_context(closing(Forward(random_weights(dense_spec, "q4"), config)))}
+        shares = {}
+        for zeros in args.zeros:
+            weights = random_weights(spec, "q4")
+            planted(weights, zeros)
+            name = f"{zeros:.0%} zeros"
+            given = replace(config, thresholds=(1.0,) * spec.layers)
+            runs[name] = stack.enter_context(closing(Forward(weights, given)))
+            shares[name] = zeros_of(runs[name], [5, 99, 1234])
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(args.rounds + 1):
+            for name, forward in runs.items():
+                took = seconds_per_token(forward)
+                if turn:
+                    times[name].append(took)
+    dense = statistics.median(times["dense"])
+    for name, found in times.items():
+        middle = statistics.median(found)
+        rows.append(
+            {
+                "run": name,
+                "zeros": shares.get(name, 0.0),
+                "ms": middle * 1e3,
+                "over_dense": dense / middle,
+                "least": min(found) * 1e3,
+                "most": max(found) * 1e3,
+            }
+        )
+    return {"shape": args.shape, "layers": spec.layers, "threads": args.threads, "rows": rows}
+
+
+def bench_model(args: argparse.Namespace) -> dict:
+    """Greedy generation of a model converted both ways, by turns."""
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        models = {}
+        for name, sparsity in (("dense", "none"), ("sparse", "exact")):
+            path = Path(scratch) / f"{name}.ert"
+            edgert.convert(args.folder, path, args.quant, sparsity=sparsity)
+            models[name] = stack.enter_context(edgert.load(path, threads=args.threads))
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for turn in range(args.rounds + 1):
+            told = set()
+            for name, model in models.items():
+                done = model.generate("Once upon a time", max_tokens=128)
+                told.add(tuple(done.tokens))
+                if turn:
+                    times[name].append(1 / done.timings.decode_tok_s)
+            if len(told) != 1:
+                raise SystemExit("the two gave different tokens")
+    middle = {name: statistics.median(found) for name, found in times.items()}
+    rows = [
+        {"run": name, "zeros": 0.0, "ms": middle[name] * 1e3, "over_dense": middle["dense"] / middle[name]}
+        | {"least": min(times[name]) * 1e3, "most": max(times[name]) * 1e3}
+        for name in middle
+    ]
+    return {"model": str(args.folder), "quant": args.quant, "threads": args.threads, "rows": rows}
+
+
+def show(result: dict) -> None:
+    """A table for people."""
+    print(", ".join(f"{k} {v}" for k, v in result.items() if k != "rows"))
+    print("| run | zeros | ms per token | least - most | over dense |\n| --- | ---: | ---: | ---: | ---: |")
+    for row in result["rows"]:
+        print(
+            f"| {row['run']} | {row['zeros']:.1%} | {row['ms']:.3f} | {row['least']:.3f} - {row['most']:.3f} "
+            f"| {row['over_dense']:.2f} |"
+        )
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-t", "--threads", type=int, default=1)
+    common.add_argument("-r", "--rounds", type=int, default=5)
+    common.add_argument("--json", type=Path, help="also write the figures there")
+    sub = commands.add_parser("shape", parents=[common])
+    sub.set_defaults(run=bench_shape)
+    sub.add_argument("--shape", default="prosparse-llama-2-7b")
+    sub.add_argument("--zeros", type=lambda t: [float(p) for p in t.split(",")], default=[0.85, 0.6])
+    sub.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    sub = commands.add_parser("model", parents=[common])
+    sub.set_defaults(run=bench_model)
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--quant", choices=("q8", "q4"), default="q4")
+    args = parser.parse_args()
+    result = args.run(args)
+    show(result)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
