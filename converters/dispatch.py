@@ -34,8 +34,9 @@ def convert(
     a file of `edgert train exits` for a folder (by default its own exits.safetensors, if it has
     one); `calibration` is what its matrices meet at work, for less loss. `sparsity` "exact" stores up and
     down neuron by neuron, so that neurons that do not fire are not read; "auto" does that where the
-    activation is zero for many (ReLU and its like), "none" never. An existing `out` is replaced
-    when the conversion is complete; a conversion that fails leaves it as it was.
+    activation is zero for many (ReLU and its like), "none" never; a number from 0 to 0.9 takes this
+    share of the smallest activations for zero, which is not exact and needs a `calibration`. An existing
+    `out` is replaced when the conversion is complete; a conversion that fails leaves it as it was.
     Raises NotAModelError, UnsupportedError, ConversionError or OptionError, each in one line.
     """
     source, out = Path(source), Path(out)
@@ -49,8 +50,10 @@ def convert(
     if is_gguf:
         if exits is not None:
             raise OptionError(f"exits is {exits}; expected none for a GGUF file, convert the model's folder")
-        if sparsity == "exact":
-            raise OptionError("sparsity is exact; expected none for a GGUF file, convert the model's folder")
+        if sparsity not in ("auto", "none"):
+            raise OptionError(
+                f"sparsity is {sparsity}; expected none for a GGUF file, convert the model's folder"
+            )
         return convert_gguf(source, out, quant, progress=progress, calibration=calibration)
     return convert_hf(
         source, out, quant or "q4", exits=exits, sparsity=sparsity, progress=progress, calibration=calibration

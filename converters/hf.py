@@ -78,7 +78,9 @@ def convert_hf(
         tensors, metadata = tensors | heads.tensors, metadata | {EXITS_KEY: heads.metadata}
         _check_tensors(decoder, tensors, folder)
     tokenizer = _tokenizer_json(folder)
-    decoder = replace(decoder, spec=with_sparsity(decoder.spec, quant.matrices, sparsity))
+    decoder = replace(
+        decoder, spec=with_sparsity(decoder.spec, quant.matrices, sparsity, calibration is not None)
+    )
     weights = HfWeights(decoder, tensors)
     quants = quants_of(decoder.spec, quant)
     return write_model(Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress, calibration)

@@ -21,8 +21,11 @@ SPARSE_ACTIVATIONS: Final = ("relu", "relu2")
 SLAB_WEIGHTS: Final = 1 << 20
 """Weights of one slab, as in pipeline.py."""
 
-Sparsity = Literal["auto", "exact", "none"]
-SPARSITIES: Final[tuple[Sparsity, ...]] = ("auto", "exact", "none")
+Sparsity = Literal["auto", "exact", "none"] | float
+SPARSITIES: Final = ("auto", "exact", "none")
+MOST_ZEROS: Final = 0.9
+"""The largest share of zeros that can be asked for. At 0.5 a model of 8B has lost a quarter of its reasoning
+(Sirius, arXiv:2409.03856, table 1); what more costs can be seen in the perplexity."""
 
 _Pair = tuple[NDArray[np.int8], NDArray[np.float16]]
 
@@ -33,18 +36,31 @@ class _Rows(Protocol):
     def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32] | Codes]: ...
 
 
-def with_sparsity(spec: ModelSpec, quant: Quant, sparsity: Sparsity) -> ModelSpec:
-    """The spec of a model stored neuron by neuron, where that is wanted; OptionError where it cannot be."""
-    if sparsity not in SPARSITIES:
-        raise OptionError(f"sparsity is {sparsity!r}; expected one of {', '.join(SPARSITIES)}")
+def with_sparsity(spec: ModelSpec, quant: Quant, sparsity: Sparsity, calibrated: bool = False) -> ModelSpec:
+    """The spec of a model stored neuron by neuron, where that is wanted; OptionError where it cannot be.
+
+    A share of zeros needs a calibration, which finds the threshold for it.
+    """
     zeros = spec.activation in SPARSE_ACTIVATIONS
+    if isinstance(sparsity, int | float):
+        if not 0 < sparsity <= MOST_ZEROS:
+            raise OptionError(f"sparsity is {sparsity}; expected a share above 0 and up to {MOST_ZEROS}")
+        if not calibrated:
+            raise OptionError(
+                f"sparsity is {sparsity}, which needs a text to find its threshold; give calibrate"
+            )
+        zeros = True
+    elif sparsity not in SPARSITIES:
+        raise OptionError(
+            f"sparsity is {sparsity!r}; expected one of {', '.join(SPARSITIES)}, or a share of zeros"
+        )
     fits = quant in neuron_packing.QUANTS and not spec.experts and not spec.ffn_bias
-    if sparsity == "exact" and not (zeros and fits):
+    if sparsity not in ("auto", "none") and not (zeros and fits):
         found = (
             "experts" if spec.experts else "ffn_bias" if spec.ffn_bias else f"{spec.activation} in {quant}"
         )
         raise OptionError(
-            f"sparsity is exact for a model with {found}; expected a dense one with "
+            f"sparsity is {sparsity} for a model with {found}; expected a dense one with "
             f"{' or '.join(SPARSE_ACTIVATIONS)} in {' or '.join(neuron_packing.QUANTS)}"
         )
     return replace(spec, neurons=zeros and fits and sparsity != "none")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
 from edgert.converters.compensate import COMPENSATED, Errors, compensated_q4
+from edgert.converters.hottest_first import Firing, HottestFirst, sparsity_metadata
 from edgert.converters.neurons import neuron_clusters
 from edgert.converters.quantize import (
     Codes,
@@ -65,11 +66,18 @@ class Calibration(Protocol):
         The same array for matrices that meet the same rows: what is made of it is then made once.
         """
 
+    def firing(self, layer: int) -> Firing | None:
+        """How often the neurons of a layer fire; None for one with experts."""
+
+    @property
+    def zeros_wanted(self) -> float:
+        """The share of activations that are to be taken for zero; 0 for those that are so."""
+
 
 class _Rounding:
     """What an error in a column of each matrix does, as far as a calibration knows."""
 
-    def __init__(self, calibration: Calibration | None) -> None:
+    def __init__(self, calibration: HottestFirst | Calibration | None) -> None:
         self._calibration = calibration
         self._last: tuple[NDArray[np.float32], Errors] | None = None
 
@@ -136,17 +144,24 @@ def write_model(
     weights that cannot be stored and for a full disk.
     """
     started = time.monotonic()
+    meets: HottestFirst | Calibration | None = calibration
     if calibration is not None:
         metadata = {**metadata, **calibration.metadata}
+        if spec.neurons:
+            source = meets = HottestFirst(source, calibration)
     with ErtWriter(out, spec, quants, tokenizer_json, metadata) as writer:
         stored = [tensor for name, tensor in writer.tensors.items() if name != TOKENIZER]
-        rounding = _Rounding(calibration)
+        rounding = _Rounding(meets)
         tally = _Tally(sum(tensor.nbytes for tensor in stored), progress)
         # Calibrated, the embedding comes last: as the output matrix it meets what comes out of all layers.
         for tensor in sorted(stored, key=lambda t: calibration is not None and t.name == "token_embedding"):
             tally.reports.append(_write_tensor(writer, tensor, source, tally, rounding))
         errors = {r.name: float(f"{r.relative_error:.4g}") for r in tally.reports if r.relative_error}
-        writer.finish({"errors": json.dumps(errors, separators=(",", ":"))})
+        said = {"errors": json.dumps(errors, separators=(",", ":"))}
+        if calibration is not None and spec.neurons:
+            firing = [calibration.firing(layer) for layer in range(spec.layers)]
+            said |= sparsity_metadata(calibration.zeros_wanted, [layer for layer in firing if layer])
+        writer.finish(said)
     return ConversionReport(
         path=out,
         tensors=tuple(sorted(tally.reports, key=lambda r: r.name != "token_embedding")),

@@ -204,6 +204,7 @@ class EngineConfig:
     sequences: int = 1  # how many the KV cache holds, each of `context` positions
     tiling: Tiling = Tiling()
     thresholds: tuple[float, ...] = ()  # per layer: activations below it are zero; () for none
+    exact: bool = False  # the thresholds are for drafts alone
     expert_slots: int = 0  # experts held in memory while the others stay in the file; 0: all, mapped
 
 

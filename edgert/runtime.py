@@ -4,10 +4,10 @@ import numbers
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ def load(
     draft_learn: bool = False,
     handoff: HandoffConfig | None = None,
     streaming: Streaming | None = None,
+    sparsity: Literal["auto", "none"] = "auto",
 ) -> "Model":
     """Open an .ert file and make it ready to run.
 
@@ -57,12 +58,17 @@ def load(
     exits where they are sure, else from the layers behind them, here or in a cloud (docs/handoff.md).
 
     draft: who guesses ahead, several tokens to be checked at once: a draft model's .ert file, "lookup"
-    (what followed the same words before), "exit" (the model's own lower layers), "auto" (all there
-    is), or several of them. The output is the same; speculation that does not pay is not used. tree:
+    (what followed the same words before), "exit" (the model's own lower layers), "sparse" (the model with
+    the thresholds of its file, which then apply to guesses alone), "auto" (all there is but that), or
+    several of them. The output is the same; speculation that does not pay is not used. tree:
     most guesses checked at once, 2 to 64. draft_store: a file that keeps what lookup saw between runs.
     draft_learn: correct the draft's head by what the model chooses, as long as it is loaded.
 
     streaming: how experts are read from the file where `ram` does not hold them all; None for defaults.
+
+    sparsity: of a file converted with a share of zeros, "auto" takes its small activations for zero, which
+    is not exact; "none" computes them. draft "sparse" makes up for it: the model with zeros guesses, and
+    what it would say without is what counts.
 
     Raises ModelFileError for a file that cannot be used (ChecksumError for damaged tensors),
     MemoryBudgetError when it does not fit.
@@ -88,6 +94,8 @@ def load(
         )
     elif tree is not None or draft_store is not None or draft_learn:
         raise OptionError("tree, draft_store and draft_learn belong to a draft; give draft as well")
+    if sparsity not in ("auto", "none"):
+        raise OptionError(f"sparsity is {sparsity!r}; expected auto or none")
     config = plan(
         file.spec,
         file.size,
@@ -99,6 +107,9 @@ def load(
         draft_bytes=guesses.nbytes if guesses else 0,
         expert_bytes=tuple(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert"),
     )
+    if file.sparsity is not None and file.spec.neurons and sparsity == "auto":
+        exact = guesses is not None and "sparse" in guesses.names
+        config = replace(config, thresholds=file.sparsity.thresholds, exact=exact)
     if handoff is not None:
         return Model(file, config, make_decoder(file, handoff), streaming)
     return Model(file, config, guesses.decoder(file.spec) if guesses else None, streaming)

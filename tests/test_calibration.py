@@ -46,6 +46,9 @@ class Seen:
         for name in names:
             self.rows[name].append(rows.copy())
 
+    def see_gates(self, layer: int, rows: Any) -> None:
+        self.gates = [*getattr(self, "gates", []), (layer, rows.copy())]
+
     def __getitem__(self, name: str) -> NDArray[np.float64]:
         return np.concatenate(self.rows[name]).astype(np.float64)
 

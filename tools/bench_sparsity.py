@@ -2,10 +2,13 @@
 
     bench_sparsity.py shape [--shape NAME] [--zeros 0.85,0.6] [--layers N] [-t THREADS] [-r ROUNDS]
     bench_sparsity.py model FOLDER [--quant q4] [-t THREADS] [-r ROUNDS]
+    bench_sparsity.py quality FOLDER --calibrate TEXT --text TEXT [--last 200] [--shares 0.25,0.4,0.5,0.6]
 
 `shape`: random weights of a published shape, their gates planted so that a chosen share of the activations is
 zero: how often a neuron fires follows the family's target (FIRING). `model`: a Hugging Face model with ReLU,
 converted both ways; greedy generation must give the same tokens. Rounds are interleaved; medians are shown.
+`quality`: perplexity with ever more activations taken for zero, and what verification makes of it: the same
+greedy tokens as without, and how many are kept of a guess.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import numpy as np
 
 import edgert
 from edgert.config import EngineConfig
+from edgert.evaluate import evaluate, read_documents
 from edgert.kernels import program
 from edgert.model.forward import Forward
 from edgert.model.shapes import random_weights, shape
@@ -160,6 +164,49 @@ def bench_model(args: argparse.Namespace) -> dict:
     return {"model": str(args.folder), "quant": args.quant, "threads": args.threads, "rows": rows}
 
 
+def quality(args: argparse.Namespace) -> dict:
+    """Perplexity by share of zeros, and the cost of making up for it."""
+    documents = read_documents(args.text, args.last)
+    prompts = [document[:40] for document in documents[: args.prompts]]
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "m.ert"
+        for share in [0.0, *args.shares]:
+            sparsity = share or "none"
+            edgert.convert(args.folder, path, args.quant, sparsity=sparsity, calibrate=args.calibrate)
+            with edgert.load(path, threads=args.threads) as model:
+                row = {"zeros": share, "perplexity": evaluate(model, documents).perplexity}
+            if share:
+                row |= corrected(path, prompts, args.threads)
+            rows.append(row)
+            print(row, flush=True)
+    return {"model": str(args.folder), "quant": args.quant, "documents": len(documents), "rows": rows}
+
+
+def corrected(path: Path, prompts: list[str], threads: int) -> dict:
+    """Greedy generation whole, sparse, and sparse and verified; milliseconds per token of each."""
+    told: dict[str, list] = {}
+    times: dict[str, float] = {}
+    counts = dict.fromkeys(("drafted", "verified", "tokens"), 0)
+    ways: dict[str, dict] = {"whole": {"sparsity": "none"}, "sparse": {}, "verified": {"draft": "sparse"}}
+    for name, options in ways.items():
+        with edgert.load(path, threads=threads, **options) as model:
+            took = 0.0
+            for prompt in prompts:
+                done = model.generate(prompt, max_tokens=96)
+                told.setdefault(name, []).append(done.tokens)
+                took += (len(done.tokens) - 1) / done.timings.decode_tok_s
+                if name == "verified":
+                    counts["drafted"] += done.stats["drafted"]
+                    counts["verified"] += done.stats["verified"]
+                    counts["tokens"] += len(done.tokens)
+            times[name] = took / sum(map(len, told[name])) * 1e3
+    if told["verified"] != told["whole"]:
+        raise SystemExit("what was verified is not what the whole model says")
+    same = sum(a == b for a, b in zip(told["sparse"], told["whole"], strict=True))
+    return {"texts_unchanged": f"{same}/{len(prompts)}", "ms": times} | counts
+
+
 def show(result: dict) -> None:
     """A table for people."""
     print(", ".join(f"{k} {v}" for k, v in result.items() if k != "rows"))
@@ -169,6 +216,10 @@ def show(result: dict) -> None:
             f"| {row['run']} | {row['zeros']:.1%} | {row['ms']:.3f} | {row['least']:.3f} - {row['most']:.3f} "
             f"| {row['over_dense']:.2f} |"
         )
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def main() -> None:
@@ -182,15 +233,27 @@ def main() -> None:
     sub = commands.add_parser("shape", parents=[common])
     sub.set_defaults(run=bench_shape)
     sub.add_argument("--shape", default="prosparse-llama-2-7b")
-    sub.add_argument("--zeros", type=lambda t: [float(p) for p in t.split(",")], default=[0.85, 0.6])
+    sub.add_argument("--zeros", type=_numbers, default=[0.85, 0.6])
     sub.add_argument("--layers", type=int, help="fewer layers than the shape has")
     sub = commands.add_parser("model", parents=[common])
     sub.set_defaults(run=bench_model)
     sub.add_argument("folder", type=Path)
     sub.add_argument("--quant", choices=("q8", "q4"), default="q4")
+    sub = commands.add_parser("quality", parents=[common])
+    sub.set_defaults(run=quality)
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--quant", choices=("q8", "q4"), default="q8")
+    sub.add_argument("--calibrate", type=Path, required=True)
+    sub.add_argument("--text", type=Path, required=True)
+    sub.add_argument("--last", type=int, default=200)
+    sub.add_argument("--prompts", type=int, default=20, help="texts that are gone on with")
+    sub.add_argument(
+        "--shares", type=lambda t: [float(p) for p in t.split(",")], default=[0.25, 0.4, 0.5, 0.6]
+    )
     args = parser.parse_args()
     result = args.run(args)
-    show(result)
+    if args.run is not quality:
+        show(result)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
 

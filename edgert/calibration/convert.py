@@ -7,11 +7,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from edgert import converters
+from edgert.calibration.firing import Firings
 from edgert.calibration.statistics import Floats, Grams
 from edgert.calibration.text import DEFAULT_TOKENS, Text, read_text
 from edgert.calibration.walk import Walk
 from edgert.config import Quant, QuantSpec
 from edgert.converters import ConversionReport, Progress
+from edgert.converters.hottest_first import Firing
 from edgert.converters.neurons import Sparsity
 from edgert.errors import ConversionError
 from edgert.format import ErtFile
@@ -40,11 +42,11 @@ def convert(
     text; then every matrix is rounded so that its products with what it met there change least. The file
     says what it was calibrated with. Raises what `converters.convert` raises, and UsageError for the text.
     """
-    if calibrate is None:
+    if calibrate is None:  # a share of zeros is refused there
         return converters.convert(source, out, quant, progress, exits=exits, sparsity=sparsity)
     with (
         _reference(Path(source), Path(out), exits) as file,
-        closing(TextCalibration(file, Path(calibrate))) as c,
+        closing(TextCalibration(file, Path(calibrate), zeros=_share(sparsity))) as c,
     ):
         return converters.convert(source, out, quant, progress, exits=exits, sparsity=sparsity, calibration=c)
 
@@ -61,13 +63,17 @@ def _reference(source: Path, out: Path, exits: str | os.PathLike[str] | None) ->
         temporary.unlink(missing_ok=True)
 
 
+def _share(sparsity: Sparsity) -> float:
+    return float(sparsity) if isinstance(sparsity, int | float) else 0.0
+
+
 class TextCalibration:
     """What a model's matrices meet in a text: a `converters.Calibration`. Close it after use.
 
     It goes through the model as it is asked, one layer at a time, and holds the statistics of one layer.
     """
 
-    def __init__(self, file: ErtFile, path: Path, tokens: int = DEFAULT_TOKENS) -> None:
+    def __init__(self, file: ErtFile, path: Path, tokens: int = DEFAULT_TOKENS, zeros: float = 0.0) -> None:
         json_bytes = file.tokenizer_json()
         if json_bytes is None:
             raise ConversionError(
@@ -79,7 +85,9 @@ class TextCalibration:
         weights = Weights.of_file(file)
         self._forward = Forward(weights, config)
         self._walk = Walk(self._forward, weights, self.text.windows)
-        self._grams = Grams()
+        self._grams, self._firings = Grams(), Firings(spec.activation)
+        self._firing: dict[int, Firing] = {}
+        self.zeros_wanted = zeros
         self._at = -1  # the layer whose statistics are held; `layers` for the output
 
     def close(self) -> None:
@@ -105,11 +113,21 @@ class TextCalibration:
             name = f"layers.{rest[0]}.router"
         return self._grams.mean(name)
 
+    def firing(self, layer: int) -> Firing | None:
+        """How often the neurons of a layer fire, and where the threshold lies; None for experts."""
+        if layer not in self._firing:
+            self._go_to(layer)
+        return self._firing.get(layer)
+
     def _go_to(self, layer: int) -> None:
         while self._at < layer:
             self._grams.clear()
             self._at += 1
             if self._at < self._spec.layers:
-                self._walk.layer([self._grams])
+                self._firings.clear()
+                self._walk.layer([self._grams, self._firings])
+                found = self._firings.result(self.zeros_wanted)
+                if found is not None:
+                    self._firing[self._at] = found
             else:
                 self._walk.output([self._grams])

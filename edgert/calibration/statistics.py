@@ -36,6 +36,9 @@ class Grams:
         if sum(map(len, waiting)) >= AT_ONCE:
             self._add(first)
 
+    def see_gates(self, layer: int, rows: Floats) -> None:
+        """Nothing: no matrix meets them."""
+
     def _add(self, first: str) -> None:
         waiting = self._waiting.pop(first, [])
         if waiting:

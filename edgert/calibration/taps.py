@@ -20,7 +20,8 @@ class Tap:
     at: int
     names: tuple[str, ...]  # q, k and v of a layer meet the same rows
     operands: dict[str, int]  # of the operation
-    layer: int = -1  # of experts: whose
+    layer: int = -1  # of experts and of gates: whose
+    gates: bool = False  # the rows are what a layer's activation is about to be applied to
 
 
 def find_taps(forward: Forward, weights: Weights) -> list[Tap]:
@@ -31,7 +32,7 @@ def find_taps(forward: Forward, weights: Weights) -> list[Tap]:
     """
     names = {t.offset: t.name for t in weights.tensors.values() if t.role in ("matrix", "router")}
     found: list[Tap] = []
-    layer = -1
+    layer, inside = -1, {}
     for at, row in enumerate(forward.code):
         fields = program.FIELDS[int(row[0])]
         operands = dict(zip(fields, map(int, row[3:]), strict=False))
@@ -40,10 +41,15 @@ def find_taps(forward: Forward, weights: Weights) -> list[Tap]:
         elif row[0] == program.COMBINE:
             downs = tuple(f"{expert_name(layer, e)}.down" for e in range(weights.spec.experts))
             found.append(Tap(at, downs, inside, layer))
+        elif row[0] == program.GATE and found[-1].names[-1].endswith(".up"):
+            inside = {"x": operands["g"], "x_stride": operands["stride"]}
+            name = found[-1].names[-1]
+            found.append(Tap(at, (name,), inside, int(name.split(".")[1]), gates=True))
         elif row[0] == program.MATMUL and row[1] != program.FORESEEN:
             name = names[operands["w_at"]]
             if (
                 found
+                and not found[-1].gates
                 and found[-1].operands["x"] == operands["x"]
                 and found[-1].at + len(found[-1].names) == at
             ):
@@ -61,8 +67,8 @@ def rows_at(
     count: rows of the operation. Experts that none of the rows chose are left out.
     """
     f, routes, o = forward.state.f, forward.state.routes, tap.operands
-    if tap.layer < 0:
-        width = weights.tensors[tap.names[0]].shape[1]
+    if tap.layer < 0 or tap.gates:
+        width = weights.tensors[tap.names[0]].shape[0 if tap.gates else 1]
         rows = f[o["x"] : o["x"] + count * o["x_stride"]].reshape(count, o["x_stride"])
         yield tap.names, rows[:, :width]
         return

@@ -28,6 +28,9 @@ class Observer(Protocol):
         the same tokens under the name of the layer's `router`.
         """
 
+    def see_gates(self, layer: int, rows: NDArray[np.float32]) -> None:
+        """rows [R, F] are what a layer's activation is about to be applied to: a view, as above."""
+
 
 class Walk:
     """One text, cut into windows that each stand alone, and where it has got to in the model."""
@@ -76,4 +79,7 @@ class Walk:
     def _show(self, tap: Tap, observers: Sequence[Observer], count: int) -> None:
         for names, rows in rows_at(tap, self.forward, self._weights, count):
             for observer in observers:
-                observer.see(names, rows)
+                if tap.gates:
+                    observer.see_gates(tap.layer, rows)
+                else:
+                    observer.see(names, rows)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from edgert.calibration import convert
+from edgert.calibration import convert, sparsity_cost
 from edgert.cli.options import FILE, size_text, trust_text
 from edgert.config import QUANTS, Quant
 from edgert.converters import ConversionReport, split
@@ -19,7 +19,25 @@ from edgert.converters.neurons import SPARSITIES, Sparsity
 from edgert.errors import UsageError
 from edgert.format import ErtFile
 from edgert.format.exits import EXITS_KEY
+from edgert.format.sparsity import SPARSITY_KEY, SparsityCalibration
 from edgert.format.verify import check
+
+
+class SparsityType(click.ParamType[Sparsity]):
+    """A word, or a share of zeros."""
+
+    name = "sparsity"
+
+    def convert(
+        self, value: Sparsity | str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Sparsity:
+        """The value of the option."""
+        if value in SPARSITIES:
+            return value
+        try:
+            return float(value)
+        except ValueError:
+            self.fail(f"{value!r}; expected one of {', '.join(SPARSITIES)}, or a share of zeros like 0.4")
 
 
 @click.command("convert")
@@ -52,11 +70,13 @@ from edgert.format.verify import check
 )
 @click.option(
     "--sparsity",
-    type=click.Choice(SPARSITIES),
+    type=SparsityType(),
     default="auto",
     show_default=True,
-    help="Store the feed-forward neuron by neuron, so that those that do not fire are not read: never, for "
-    "activations that are exactly zero for many (ReLU), or an error where that cannot be.",
+    metavar="auto|exact|none|SHARE",
+    help="Store the feed-forward neuron by neuron, so that those that do not fire are not read: where many "
+    "activations are exactly zero (ReLU), or an error where that cannot be, or never. A SHARE like 0.4 takes "
+    "so many of the smallest activations for zero: not exact, needs --calibrate, and says what it costs.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def convert_command(
@@ -99,12 +119,19 @@ def convert_command(
             reports = split(
                 source, layer, outputs[0], outputs[1], quant, progress, exits=exits, sparsity=sparsity
             )
+    cost = None
+    if isinstance(sparsity, float) and layer is None and calibrate is not None:
+        cost = sparsity_cost(Path(output), calibrate)
     if as_json:
         rows = [_report_json(report) for report in reports]
+        if cost is not None:
+            rows[0]["perplexity"] = dataclasses.asdict(cost)
         print(json.dumps(rows if layer is not None else rows[0]))
         return
     for report in reports:
         _print_report(report, report.path)
+    if cost is not None:
+        print(f"{sparsity:.0%} of the activations taken for zero: {cost}")
 
 
 def _report_json(report: ConversionReport) -> dict[str, Any]:
@@ -138,6 +165,15 @@ def _changes(report: ConversionReport) -> list[str]:
     ]
 
 
+def _print_sparsity(sparsity: SparsityCalibration) -> None:
+    wanted = f"{sparsity.share:.0%} wanted" if sparsity.share else "by themselves"
+    print(f"  zero activations, {wanted}; how often a neuron's is not exactly zero, least, quartiles, most:")
+    for layer, zeros in enumerate(sparsity.zeros):
+        often = " ".join(f"{share:6.1%}" for share in sparsity.firing[layer])
+        below = f" below {sparsity.thresholds[layer]:.4g}" if sparsity.thresholds[layer] else ""
+        print(f"    layer {layer:<3} {zeros:6.1%} zero{below}, neurons {often}")
+
+
 @click.command("inspect")
 @click.argument("file", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -145,23 +181,26 @@ def inspect_command(file: Path, as_json: bool) -> None:
     """Show what is inside an .ert file."""
     with ErtFile.open(file) as opened:
         spec, metadata, size = opened.spec.to_json(), opened.metadata, opened.size
-        tensors, exits = list(opened.tensors.values()), opened.exits
+        tensors, exits, sparsity = list(opened.tensors.values()), opened.exits, opened.sparsity
     if as_json:
         rows = [dataclasses.asdict(t) for t in tensors]
         heads = {layer: calibration.to_json() for layer, calibration in exits.items()}
         found = {"size_bytes": size, "spec": spec, "metadata": metadata, "exits": heads, "tensors": rows}
+        found["sparsity"] = sparsity and sparsity.to_json()
         print(json.dumps(found))
         return
     print(f"{file}: {size_text(size)}, {len(tensors)} tensors")
     for name, value in spec.items():
         print(f"  {name:<16} {value}")
     for name, text in metadata.items():
-        if name == EXITS_KEY:
+        if name in (EXITS_KEY, SPARSITY_KEY):
             continue  # shown below, for people
         line = " ".join(text.split())
         print(f"  {name:<16} {line if len(line) <= 70 else line[:67] + '...'}")
     for layer, exit_ in exits.items():
         print(f"  exit after {layer} layers, {trust_text(exit_)}")
+    if sparsity is not None:
+        _print_sparsity(sparsity)
     for t in tensors:
         shape = " x ".join(map(str, t.shape))
         print(f"  {t.name:<28} {shape:<16} {t.quant:<4} {size_text(t.nbytes):>12}")

@@ -16,6 +16,7 @@ from edgert.cli.options import (
     handoff_config,
     handoff_options,
     sampling_options,
+    sparsity_option,
 )
 from edgert.events import Completion
 from edgert.generation import Generation
@@ -34,6 +35,7 @@ INTERRUPTED = 130
 @draft_options
 @handoff_options
 @engine_options
+@sparsity_option
 def run_command(file: Path, prompt: str | None, as_json: bool, **options: Any) -> int:
     """Continue a text: stream it to stdout, one line of timing to stderr."""
     text = sys.stdin.read() if prompt is None else prompt
@@ -58,6 +60,7 @@ def run_command(file: Path, prompt: str | None, as_json: bool, **options: Any) -
 @draft_options
 @handoff_options
 @engine_options
+@sparsity_option
 def chat_command(file: Path, system: str | None, **options: Any) -> int:
     """Talk with a model, in its own chat template. Ctrl-C stops an answer, Ctrl-D ends."""
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
@@ -104,6 +107,7 @@ def _open(file: Path, options: dict[str, Any]) -> Model:
         "kv",
         "chunk",
         "check_tensors",
+        "sparsity",
         "tree",
         "draft_store",
         "draft_learn",

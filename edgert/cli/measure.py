@@ -12,7 +12,7 @@ import click
 
 from edgert.bench import BenchRow, run_tests, token_time
 from edgert.bench_draft import draft_rows
-from edgert.cli.options import FILE, engine_options, size_text
+from edgert.cli.options import FILE, engine_options, size_text, sparsity_option
 from edgert.config import QUANTS, Quant
 from edgert.engine import Engine
 from edgert.errors import UsageError
@@ -183,6 +183,7 @@ def _markdown(rows: Sequence[BenchRow]) -> str:
 @click.option("--last", type=int, help="Only the last so many documents.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @engine_options
+@sparsity_option
 def eval_command(file: Path, text_file: Path, last: int | None, as_json: bool, **options: Any) -> None:
     """Perplexity and bits per byte of a model on a text."""
     if last is not None and last < 1:

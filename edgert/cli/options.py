@@ -40,6 +40,17 @@ def engine_options(function: Command) -> Command:
     return function
 
 
+def sparsity_option(function: Command) -> Command:
+    """--sparsity: whether a file's thresholds apply."""
+    return click.option(
+        "--sparsity",
+        type=click.Choice(["auto", "none"]),
+        default="auto",
+        show_default=True,
+        help="Of a file converted with a share of zeros: none computes the small activations too.",
+    )(function)
+
+
 def draft_options(function: Command) -> Command:
     """--draft, --tree and --draft-store: who guesses ahead. The output is the same with any of them."""
     for option in (
@@ -51,9 +62,9 @@ def draft_options(function: Command) -> Command:
         click.option(
             "--draft",
             multiple=True,
-            metavar="FILE|lookup|exit|auto",
-            help="Guess ahead with a draft model's file, by looking up, with the model's own exits, or all "
-            "there is; may be repeated.",
+            metavar="FILE|lookup|exit|sparse|auto",
+            help="Guess ahead with a draft model's file, by looking up, with the model's own exits, with "
+            "its small activations left out, or with all there is; may be repeated.",
         ),
     ):
         function = option(function)

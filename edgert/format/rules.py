@@ -40,6 +40,7 @@ class Rule(Enum):
     DATA_OVERLAP = "F29 overlap"
     DATA_END = "F30 end of file"
     EXITS = "F31 exits"
+    SPARSITY = "F32 sparsity"
 
 
 def broken(rule: Rule, found: str, expected: str) -> FormatError:

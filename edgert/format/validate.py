@@ -1,4 +1,4 @@
-"""From untrusted bytes to tensors that can be used without a further check (F09 to F31).
+"""From untrusted bytes to tensors that can be used without a further check (F09 to F32).
 
 Everything is checked before anything is returned: past this point an offset is inside the
 file, a length fits its shape and quantisation, and every tensor the spec calls for is there.
@@ -17,6 +17,7 @@ from edgert.format.foreign import plain_safetensors
 from edgert.format.header import FORMAT, FORMAT_VERSION, RESERVED_KEYS, Blob, parse_object, read_header
 from edgert.format.layout import LAYOUT_OF, PAGE, QUANTS_OF, page_padded, stored_bytes
 from edgert.format.rules import Rule, broken, shown
+from edgert.format.sparsity import SPARSITY_KEY, SparsityCalibration, read_sparsity
 from edgert.format.tensors import TOKENIZER, StoredTensor, TensorDecl, iter_declared
 
 _TABLE_KEYS: Final = {"shape", "quant", "layout", "bytes", "sha256"}
@@ -32,6 +33,7 @@ class Contents:
     tensors: dict[str, StoredTensor]  # in order of use
     metadata: dict[str, str]  # without the keys of the format itself
     exits: dict[int, ExitCalibration]  # by the layers before each
+    sparsity: SparsityCalibration | None
 
 
 def read_contents(blob: Blob, path: Path) -> Contents:
@@ -53,7 +55,9 @@ def read_contents(blob: Blob, path: Path) -> Contents:
     _check_names(entries, tensors, "the header")
     _check_contiguous(tensors, data_start, len(blob))
     others = {key: text for key, text in metadata.items() if key not in RESERVED_KEYS}
-    return Contents(spec, tensors, others, read_exits(metadata.get(EXITS_KEY), spec.exits))
+    exits = read_exits(metadata.get(EXITS_KEY), spec.exits)
+    sparsity = read_sparsity(metadata.get(SPARSITY_KEY), spec.layers)
+    return Contents(spec, tensors, others, exits, sparsity)
 
 
 def _metadata(values: object, path: Path) -> dict[str, str]:

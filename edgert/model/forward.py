@@ -23,6 +23,12 @@ from edgert.state import MAX_OUTPUTS, Rows, RunState, Weights
 from edgert.team import Team
 from edgert.waits import Waits
 
+WHOLE_AT_START = 16
+"""Positions of a sequence that are computed whole before thresholds apply: later tokens attend to the first
+ones more than to any others (Xiao et al., 2023, arXiv:2309.17453), so an error there stays."""
+EVERYWHERE_WHOLE = 1 << 62
+"""For `Forward.whole`: no threshold applies."""
+
 
 class Forward:
     """A model ready to run: weights, cache, buffers, program and threads. Close it after use."""
@@ -55,6 +61,8 @@ class Forward:
         self._hidden, self._chosen, self._logits = builder.hidden, builder.chosen, builder.logits
         self.state = state = RunState(builder.layout, config)
         self.waits = Waits()
+        # Positions below it keep the activations under the thresholds of the configuration.
+        self.whole = EVERYWHERE_WHOLE if config.exact else WHOLE_AT_START
         # Called with its rows before an operation runs, all that it reads being there: for calibration.
         self.watch: dict[int, Callable[[int], None]] = {}
         self._job = np.zeros(program.JOB_WORDS, np.int64)
@@ -120,6 +128,7 @@ class Forward:
         rows[program.OUTPUT, : len(outputs)] = outputs
         # One by one: assigning to a list of indices costs as much as a layer of a small model.
         job[program.ROWS], job[program.WANTED] = count, len(outputs)
+        job[program.WHOLE] = self.whole
         if hidden is not None:
             self.hidden[:] = hidden
             self._execute(0, self._embed)

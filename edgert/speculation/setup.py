@@ -13,9 +13,9 @@ from edgert.planner import plan, run_bytes
 from edgert.speculation.controller import Controller, Steady
 from edgert.speculation.decoder import Speculation
 from edgert.speculation.drafter import Drafter
-from edgert.speculation.exit_drafter import ExitDrafter
 from edgert.speculation.lookup import LookupDrafter, read_store, write_store
 from edgert.speculation.model_drafter import ModelDrafter
+from edgert.speculation.self_drafter import ExitDrafter, SparseDrafter
 from edgert.speculation.tree import MAX_NODES
 from edgert.state import Weights
 from edgert.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ Draft = str | os.PathLike[str]
 class Drafting:
     """What was asked for, checked and opened: what a decoder is made of."""
 
-    names: list[str]  # "lookup", "exit", or "model"
+    names: list[str]  # "lookup", "exit", "sparse" or "model"
     tree: int  # most nodes
     learn: bool = False  # whether heads are corrected by what is accepted
     store: Path | None = None  # where lookups are kept between runs
@@ -50,6 +50,7 @@ class Drafting:
         makers: dict[str, Callable[[], Drafter]] = {
             "lookup": lambda: _KeptLookup(self.store, spec.vocab) if self.store else LookupDrafter(),
             "exit": lambda: ExitDrafter(spec, self.learn),
+            "sparse": lambda: SparseDrafter(spec, self.learn),
             "model": lambda: self._model(spec.vocab),
         }
         controller = Steady(self.names, self.tree) if always else Controller(self.names, self.tree)
@@ -89,7 +90,7 @@ def drafting(
     context: int | None = None,
     kv: KvType = "f16",
 ) -> Drafting:
-    """Check and open what `draft` names: "lookup", "exit", "auto", a file, or several of them.
+    """Check and open what `draft` names: "lookup", "exit", "sparse", "auto", a file, or several of them.
 
     auto: every drafter at hand: NAME.draft.ert beside NAME.ert, or else the file's own exits; and
     lookup. Raises OptionError for what does not fit, ModelFileError for a draft that cannot be used.
@@ -98,7 +99,7 @@ def drafting(
         raise OptionError(f"tree is {tree!r}; expected 2 to {MAX_NODES} nodes")
     asked = [draft] if isinstance(draft, str | os.PathLike) else list(draft)
     if not asked:
-        raise OptionError("draft names nothing; expected lookup, exit, auto or an .ert file")
+        raise OptionError("draft names nothing; expected lookup, exit, sparse, auto or an .ert file")
     names: list[str] = []
     exits = target.spec.exits
     files: list[Path] = []
@@ -116,6 +117,13 @@ def drafting(
                     "convert again with --exits"
                 )
             names.append("exit")
+        elif one == "sparse":
+            if target.sparsity is None or not any(target.sparsity.thresholds):
+                raise OptionError(
+                    f"{target.path} has no thresholds to draft with; convert the model again with a share of "
+                    "zeros: --sparsity 0.4 --calibrate TEXT"
+                )
+            names.append("sparse")
         else:
             files.append(Path(one))
     if len(files) > 1:
@@ -123,7 +131,7 @@ def drafting(
     if store is not None and "lookup" not in names:
         raise OptionError("a draft store keeps what lookup sees; draft with lookup, or give no store")
     # The model guesses last: where a lookup has guessed the same, its own time is saved.
-    if learn and not (files or "exit" in names):
+    if learn and not (files or "exit" in names or "sparse" in names):
         raise OptionError("a lookup learns anyway; draft_learn belongs to a draft model or to exits")
     kept = None if store is None else Path(store)
     made = Drafting(list(dict.fromkeys(names)), tree or DEFAULT_TREE, learn, kept)
