@@ -18,7 +18,8 @@ from edgert.decoding import Decoder
 from edgert.engine import Engine
 from edgert.errors import ModelFileError, OptionError, UsageError
 from edgert.events import Completion
-from edgert.experts import Streaming, open_streamed
+from edgert.experts import open_streamed
+from edgert.flash import Streaming
 from edgert.format import ErtFile
 from edgert.format.layout import page_padded
 from edgert.format.verify import check

@@ -14,36 +14,29 @@ from edgert.kernels import atomics, matmul
 from edgert.kernels.activation import gate
 from edgert.kernels.jit import jit
 from edgert.kernels.quantize import quantize
+from edgert.kernels.requests import (
+    AHEAD,
+    BELL,
+    CONTROL,
+    COUNT,
+    FAILED,
+    GROUP,
+    HEAD,
+    HITS,
+    MISSES,
+    NEWEST,
+    RING,
+    ROWS,
+    STEP,
+    STEP_OF,
+    TABLE,
+    WAITED,
+    request_words,
+)
 
 COUNTERS = 4
 """Words per busy expert: units of up taken and done, units of down taken and done."""
 _UP, _UP_DONE, _DOWN, _DOWN_DONE = range(COUNTERS)
-
-TABLE = 2
-"""Words per expert of the table: the byte of the pool where it lies, ABSENT or not, and its precision."""
-ABSENT = -1
-
-# Where experts are streamed, words after those of the experts tell the store (edgert/experts) what is
-# needed. `publish` fills a request of the ring and only then moves NEWEST to it; a place is read only
-# after that. The store takes an expert's place away first and then looks at the newest request: so
-# either it sees that the expert is needed, and puts it back, or who needs it sees that it is gone.
-NEWEST, FAILED, STEP, HITS, MISSES, WAITED, BELL = range(7)
-CONTROL = 8
-"""NEWEST: number of the last request; FAILED: the store gave up; STEP: of the caller, copied to requests;
-HITS, MISSES: experts that were there when asked for, or not; WAITED: nanoseconds the leader had nothing to
-do; BELL: the pipe that wakes the store."""
-RING = 64
-"""Requests kept: the store reads each once for its statistics, and may be late by some layers."""
-LAYER, ROWS, STEP_OF, TIME, COUNT, AHEAD, HEAD = range(7)
-"""Words of a request before its lists: COUNT experts, AHEAD predictions (best first, with repetitions).
-Then three lists of E words: the experts; of each expert of the layer the sum of its routing weights, in
-2**-30; the predictions for the next layer."""
-
-
-@jit
-def request_words(experts):
-    """Words of one request."""
-    return HEAD + 3 * experts
 
 
 @jit
@@ -54,8 +47,8 @@ def publish(
     number = atomics.load(table, control + NEWEST) + 1
     at = control + CONTROL + number % RING * request_words(experts)
     count = routes[busy]
-    table[at + LAYER], table[at + ROWS], table[at + STEP_OF] = layer, rows, table[control + STEP]
-    table[at + TIME], table[at + COUNT] = atomics.now(), count
+    table[at + GROUP], table[at + ROWS], table[at + STEP_OF] = layer, rows, table[control + STEP]
+    table[at + COUNT] = count
     for e in range(experts):
         table[at + HEAD + experts + e] = 0
     for i in range(rows * active):
@@ -79,18 +72,6 @@ def publish(
     atomics.store(table, control + NEWEST, number)
     if misses + unknown > 0:
         atomics.ring(table[control + BELL])
-
-
-@jit
-def newest_request(table, control):
-    """The number of the last request; what it says may be read after this."""
-    return atomics.load(table, control + NEWEST)
-
-
-@jit
-def place(table, word, at):
-    """Say where an expert lies, or that it does not: everything written before is seen before this."""
-    atomics.store(table, word, at)
 
 
 @jit

@@ -35,7 +35,8 @@ COLUMNS = 24
     LIVE,
     NEURONS_UP,
     NEURONS_DOWN,
-) = range(18)
+    SPARE,
+) = range(19)
 TOKENS, OUTPUTS, CHOSEN, FORESEEN = range(4)
 """Rows of an operation: all tokens; the wanted ones, gathered from among them; those gathered before; or
 all tokens where the next layer's experts are to be predicted, else none."""
@@ -93,6 +94,10 @@ FIELDS = {
         *("quant", "w_at", "groups", "inner", "unit", "h", "y", "y_stride"),
         *("scratch", "scratch_stride", "spare_stride", "most", "ahead", "quads"),
     ),
+    SPARE: (
+        *("x", "x_stride", "experts", "active", "chosen", "weights", "weights_stride", "table", "control"),
+        *("rows", "near", "least"),
+    ),
     COMBINE: (
         *("x", "x_stride", "width", "y", "y_stride", "places", "active", "weights", "weights_stride"),
         *("shared", "shared_stride"),
@@ -110,6 +115,7 @@ FIELDS = {
     QUANTIZE    xq[t] = int8 of x[t]
     GATE        g[t] = act(g[t]) * u[t]; quantised too where xq >= 0
     ROUTE       the experts of row t and their weights (routing.py)
+    SPARE       other choices for the sake of fewer reads, of at most `rows` rows (sparing.py)
     GROUP       the entries of every expert; one unit
     PUBLISH     what the layer needs, to the store of streamed experts; one unit
     GATHER      y[i] = x[t], quantised rows and, where asked, floats, for the entries i of row t

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from edgert.kernels import atomics, matmul, neurons
 from edgert.kernels import kv as kv_cache
-from edgert.kernels import matmul, neurons
 from edgert.kernels.activation import gate
 from edgert.kernels.attention import MOST_HEADS, attention, width
 from edgert.kernels.elementwise import read_f32
@@ -36,13 +36,16 @@ from edgert.kernels.program import (
     ROUTE,
     SEQUENCE,
     SLOT,
+    SPARE,
     TOKEN,
     WHOLE,
 )
 from edgert.kernels.quantize import quantize
+from edgert.kernels.requests import DROPPED, SWAPPED
 from edgert.kernels.rmsnorm import rmsnorm
 from edgert.kernels.rope import rope_table, rotate
 from edgert.kernels.routing import combine, group, route
+from edgert.kernels.sparing import spare
 
 
 @jit
@@ -196,6 +199,17 @@ def _route(c, t, f, routes):
 
 
 @jit
+def _spare(c, t, table, f, routes):
+    experts, active, control = c[5], c[6], c[11]
+    x, chosen, weights = c[3] + t * c[4], c[7] + t * active, c[8] + t * c[9]
+    swapped, dropped = spare(f, x, experts, active, c[13], c[14], table, c[10], routes, chosen, f, weights)
+    if swapped > 0:
+        atomics.fetch_add(table, control + SWAPPED, swapped)
+    if dropped > 0:
+        atomics.fetch_add(table, control + DROPPED, dropped)
+
+
+@jit
 def _group(c, count, routes):
     experts, counters = c[3], c[10]
     group(count, c[4], experts, routes, c[5], c[6], c[7], c[8], c[9])
@@ -250,7 +264,7 @@ def units_of(c, count, routes):
         return neurons.units_of_down(c)
     if op == GROUP or op == PUBLISH or op == LIVE:
         return 1
-    if op == EXPERTS:
+    if op == EXPERTS or (op == SPARE and count > c[12]):
         return 0
     return count
 
@@ -289,6 +303,8 @@ def run_unit(
         _gather(c, unit, f, xq, xs, xn, routes)
     elif op == COMBINE:
         _combine(c, unit, f, routes)
+    elif op == SPARE:
+        _spare(c, unit, table, f, routes)
     elif op == QUANTIZE:
         quantize(f, c[3] + unit * c[4], c[5], xq, xs, xn, c[6] + unit * c[5])
     elif op == ROPE_TABLE:

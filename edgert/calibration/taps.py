@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from edgert.format.tensors import expert_name
 from edgert.kernels import program
-from edgert.kernels.experts import TABLE
+from edgert.kernels.requests import TABLE
 from edgert.model.forward import Forward
 from edgert.state import Weights
 

@@ -71,7 +71,7 @@ def _reads(done: Completion) -> str:
     """What was read from the file instead of being held."""
     stats = done.stats
     hits, read = stats["expert_hits"], stats["bytes_read"]
-    share = hits / (hits + stats["expert_misses"])
+    share = hits / (hits + stats["misses"])
     return f"half of the experts in memory: {share:.0%} found there, {size_text(read)} read"
 
 

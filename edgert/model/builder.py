@@ -18,15 +18,21 @@ class Builder:
     """Buffers and operations of one model at one engine configuration.
 
     An architecture file calls these methods in the order of computation. T is `config.chunk`.
-    control: where experts are streamed, the word of their table where its control words start.
+    control: where experts are streamed, the word of their table where its control words start. spared:
+    the shares of kernels/sparing.py, where fewer reads are worth another text.
     """
 
     def __init__(
-        self, weights: Weights, config: EngineConfig, cache: KvCache, control: int | None = None
+        self,
+        weights: Weights,
+        config: EngineConfig,
+        cache: KvCache,
+        control: int | None = None,
+        spared: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         spec, rows = weights.spec, config.chunk
         self.spec, self.weights, self.cache, self.config = spec, weights, cache, config
-        self.control = control
+        self.control, self.spared = control, spared
         self.layout = layout = Layout()
         self.hidden = layout.rows(rows, spec.width)  # [T, D] the residual stream
         self.normed = layout.rows(rows, spec.width, quantized=True)  # [T, D]

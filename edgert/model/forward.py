@@ -36,7 +36,8 @@ class Forward:
     def __init__(self, weights: Weights, config: EngineConfig, store: ExpertStore | None = None) -> None:
         self.spec, self.config, self.store = weights.spec, config, store
         self.cache = KvCache(self.spec, config)
-        builder = Builder(weights, config, self.cache, store.control if store else None)
+        control, spared = (store.ring.control, store.streaming.spared) if store else (None, (0.0, 0.0))
+        builder = Builder(weights, config, self.cache, control, spared)
         write_layer = layer_of(self.spec.architecture)
         builder.rope_table()
         self._embed = builder.position
@@ -69,7 +70,7 @@ class Forward:
         # Of the last call: its rows, the layer behind which they are, and the cache's lengths.
         self._left: tuple[int, int, tuple[int, ...]] | None = None
         pool = store.arena if store else weights.data
-        table = store.table if store else weights.expert_table().reshape(-1)
+        table = store.ring.table if store else weights.expert_table().reshape(-1)
         held = (weights.data, pool, table)
         buffers = (state.f, state.xq, state.xs, state.xn, self.cache.data, state.spare, state.spare_view)
         rows = (state.routes, state.rows, state.paths, self._job)
@@ -80,7 +81,7 @@ class Forward:
             r = builder.routing
             unit = int(code[self._cuts[0], 3 + program.FIELDS[program.EXPERTS].index("unit")])
             blocks = -(-self.spec.width // 16)
-            store.attach(state.routes, r.counters, -(-blocks // unit))
+            store.attach_run(state.routes, r.counters, -(-blocks // unit))
 
     def close(self) -> None:
         """End the threads, and the reading of experts."""

@@ -6,11 +6,12 @@ Granite are in its weights (converters/architectures/granitemoe.py).
 """
 
 from edgert.config import ACTIVATIONS
-from edgert.kernels import program
-from edgert.kernels.experts import TABLE
+from edgert.kernels import program, sparing
 from edgert.kernels.matmul import Q8, record_bytes
+from edgert.kernels.requests import TABLE
 from edgert.model import llama
 from edgert.model.builder import Builder
+from edgert.model.routing import MOST_FORESEEN
 from edgert.state import Rows, padded
 
 MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe")
@@ -85,6 +86,8 @@ def _route(b: Builder, index: int, x: Rows) -> None:
         weights=r.weights.at,
         weights_stride=r.weights.stride,
     )
+    if b.control is not None and any(b.spared):
+        _spare(b, index, b.control)
     b.add(
         program.GROUP,
         experts=spec.experts,
@@ -106,6 +109,27 @@ def _route(b: Builder, index: int, x: Rows) -> None:
         y=r.routed.at,
         yq=r.routed.quantized,
         floats=min(b.weights.expert_quants(index)) < Q8,
+    )
+
+
+def _spare(b: Builder, index: int, control: int) -> None:
+    """Other experts for rows whose own are not in memory; a chunk of a prompt needs most of them anyway."""
+    r, spec = b.routing, b.spec
+    near, least = (round(share * sparing.UNIT) for share in b.spared)
+    b.add(
+        program.SPARE,
+        x=r.logits.at,
+        x_stride=r.logits.stride,
+        experts=spec.experts,
+        active=spec.active_experts,
+        chosen=r.chosen,
+        weights=r.weights.at,
+        weights_stride=r.weights.stride,
+        table=index * spec.experts * TABLE,
+        control=control,
+        rows=MOST_FORESEEN,
+        near=near,
+        least=least,
     )
 
 

@@ -1,0 +1,9 @@
+"""Weights that stay on flash and are read when a token needs them, whatever they are: segments of a file."""
+
+from edgert.flash.config import Streaming
+from edgert.flash.reading import Reading
+from edgert.flash.segments import Index, Key, Segment
+from edgert.flash.source import FileSource, Source
+from edgert.flash.store import SegmentStore
+
+__all__ = ["FileSource", "Index", "Key", "Reading", "Segment", "SegmentStore", "Source", "Streaming"]
