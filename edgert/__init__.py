@@ -9,6 +9,7 @@ from edgert.calibration import convert
 from edgert.config import ModelSpec, QuantSpec, SamplingParams
 from edgert.errors import EdgertError
 from edgert.events import Completion, TokenEvent
+from edgert.flash import Streaming
 from edgert.handoff.setup import HandoffConfig
 from edgert.runtime import Model, load
 
@@ -20,6 +21,7 @@ __all__ = [
     "ModelSpec",
     "QuantSpec",
     "SamplingParams",
+    "Streaming",
     "TokenEvent",
     "convert",
     "load",

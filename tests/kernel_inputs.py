@@ -117,7 +117,7 @@ def agree(kernel: Callable[..., Any], twin: Callable[..., Any], *arguments: Any)
         if isinstance(a, np.ndarray):
             same(a, b)
     if expected is not None:
-        same(np.float32(result).reshape(1), np.float32(expected).reshape(1))
+        same(np.float32(result).reshape(-1), np.float32(expected).reshape(-1))
 
 
 # ---- stored matrices, by hand ----------------------------------------------------------------

@@ -225,8 +225,10 @@ class Broken(Memory):
         return count
 
 
-@pytest.mark.parametrize("fail", [{1}, {3, 40}, {12, 13, 14, 15}], ids=str)
-@pytest.mark.parametrize("reading", READINGS, ids=lambda r: f"{r.readers}x{r.piece}")
+@pytest.mark.parametrize("fail", [{3, 40}] if TWINS else [{1}, {3, 40}, {12, 13, 14, 15}], ids=str)
+@pytest.mark.parametrize(
+    "reading", READINGS[1:2] if TWINS else READINGS, ids=lambda r: f"{r.readers}x{r.piece}"
+)
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -400,12 +402,14 @@ def test_a_thread_that_waits_for_another_leaves_the_places_of_resident_experts_a
         c[3 + program.FIELDS[program.EXPERTS].index(name)] = value
     routes = np.zeros(32, np.int64)
     routes[:2] = 1, 0  # one busy expert: number 0
-    routes[8:12] = 1, 0, 0, 0  # another thread has taken its unit of gate and up ...
     table = np.zeros(16, np.int64)
-    before = table.copy()
     bytes_, f = np.zeros(64, np.uint8), np.zeros(64, np.float32)
     bytes_.flags.writeable = False
     rest = (np.zeros(64, np.int8), np.zeros(8, np.float32), np.zeros(8, np.int32))
+
+    routes[8:12] = 1, 1, 1, 1  # all of it is done: compiled now, not while the other thread is awaited
+    kernel.run_experts(0, c, bytes_, table, routes, f, *rest)
+    routes[8:12] = 1, 0, 0, 0  # another thread has taken its unit of gate and up ...
 
     def finish() -> None:
         time.sleep(0.05)  # far longer than it looks before it naps
@@ -415,7 +419,7 @@ def test_a_thread_that_waits_for_another_leaves_the_places_of_resident_experts_a
     other.start()
     kernel.run_experts(0, c, bytes_, table, routes, f, *rest)
     other.join()
-    np.testing.assert_array_equal(table, before)
+    np.testing.assert_array_equal(table, 0)
 
 
 def test_checksums_of_experts_are_compared_when_they_are_first_read(weights: Weights) -> None:

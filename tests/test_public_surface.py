@@ -36,6 +36,7 @@ def test_public_names_are_these() -> None:
         "ModelSpec",
         "QuantSpec",
         "SamplingParams",
+        "Streaming",
         "TokenEvent",
         "convert",
         "load",
