@@ -71,6 +71,7 @@ class Generation:
         self._engine, self._turns, self._sampler = engine, turns, sampler
         store = engine.forward.store
         self._before = store.totals() if store else {}
+        self._fired = engine.forward.fired
         self._clock = _Clock()
         self._cached = engine.start(prompt, sampler)
         self._report = engine.report
@@ -117,10 +118,15 @@ class Generation:
             finish_reason=self._reason,
             prompt_tokens=self._prompt_tokens,
             timings=timings,
-            stats=stats | self._report() | self._streamed(),
+            stats=stats | self._firing() | self._report() | self._streamed(),
             logprobs=tuple(e.logprob for e in events) if self._sampler.params.logprobs else (),
             top_logprobs=tuple(e.top for e in events) if self._sampler.params.logprobs else (),
         )
+
+    def _firing(self) -> dict[str, Any]:
+        """Which share of the neurons was read, where they are read one by one."""
+        (fired, of), (fired_before, of_before) = self._engine.forward.fired, self._fired
+        return {"neurons_read": (fired - fired_before) / (of - of_before)} if of > of_before else {}
 
     def _streamed(self) -> dict[str, Any]:
         """What the experts' store did for this generation."""

@@ -201,14 +201,15 @@ def slice_of_down(quant, w, w_at, groups, inner, which, out, out_at):
 
 @jit
 def run_live(c, rows, f, xq, routes):
-    """What the layer's up needs before its units are known."""
+    """What the layer's up needs before its units are known; how many neurons fire, -1 if nobody asked."""
     x, groups, into, g, stride, width, at = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
     if rows > MOST_ROWS:
-        return
+        return -1
     spans = (groups + 15) // 16
     for t in range(rows):
         spread(xq, (x + t * groups) * 32, groups, xq, into * 32 + t * spans * 512)
     list_live(f, g, stride, rows, width, routes, at)
+    return routes[at]
 
 
 @jit

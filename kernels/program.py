@@ -130,10 +130,11 @@ Buffers hold one row per token at their stride. A row is padded with zeros to wh
 """
 
 # The job of one execution.
-FIRST, LAST, ROWS, WANTED, AHEAD, WHOLE = range(6)
+FIRST, LAST, ROWS, WANTED, AHEAD, WHOLE, FIRED, NEURONS = range(8)
 JOB_WORDS = 8
 """FIRST, LAST: operations; ROWS: tokens; WANTED: output rows; AHEAD: rows for which
-experts are predicted; WHOLE: positions below it keep activations under the threshold."""
+experts are predicted; WHOLE: positions below it keep activations under the threshold;
+FIRED, NEURONS: counted on, the neurons that were computed and those there were where single ones could be."""
 
 # Rows of the int64 array that describes the tokens of a forward.
 TOKEN, POSITION, SLOT, SEQUENCE, DIRECT, OUTPUT = range(6)

@@ -17,12 +17,14 @@ from edgert.kernels.program import (
     COMBINE,
     DIRECT,
     EXPERTS,
+    FIRED,
     GATE,
     GATHER,
     GROUP,
     HEADS,
     LIVE,
     MATMUL,
+    NEURONS,
     NEURONS_DOWN,
     NEURONS_UP,
     NORM,
@@ -210,6 +212,14 @@ def _spare(c, t, table, f, routes):
 
 
 @jit
+def _live(c, count, f, xq, routes, job):
+    fired = neurons.run_live(c, count, f, xq, routes)
+    if fired >= 0:
+        job[FIRED] += fired
+        job[NEURONS] += c[8]
+
+
+@jit
 def _group(c, count, routes):
     experts, counters = c[3], c[10]
     group(count, c[4], experts, routes, c[5], c[6], c[7], c[8], c[9])
@@ -288,7 +298,7 @@ def run_unit(
     elif op == ACTIVATE:
         _activate(c, real, unit, f, rows, job)
     elif op == LIVE:
-        neurons.run_live(c, count, f, xq, routes)
+        _live(c, count, f, xq, routes, job)
     elif op == NORM:
         _norm(c, real, unit, rows[OUTPUT, unit] if c[1] == OUTPUTS else unit, w, f, xq, xs, xn)
     elif op == HEADS:

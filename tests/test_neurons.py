@@ -150,6 +150,8 @@ def test_a_converted_model_gives_the_same_either_way(quant: Any, tmp_path: Path)
             assert (neurons_name(0) in file.tensors) == (sparsity == "exact")
         with edgert.load(tmp_path / "m.ert", threads=1) as model:
             found.append(model.logits([1, 5, 7, 9]))
+            read = model.generate([1, 5, 7, 9], max_tokens=4).stats.get("neurons_read")
+            assert read is None if sparsity == "none" else 0.2 < read < 0.8
     inputs.same(*found)
 
 

@@ -1,10 +1,12 @@
 """`edgert demo`: the bundled family through everything there is, in under a minute."""
 
+import re
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -14,16 +16,19 @@ import click
 
 from edgert.cli.options import size_text
 from edgert.config import QUANTS
-from edgert.converters import convert
+from edgert.converters import convert, split
+from edgert.errors import DeviceError
 from edgert.events import Completion
 from edgert.format import ErtFile
 from edgert.format.layout import page_padded
-from edgert.handoff.setup import HandoffConfig
+from edgert.handoff.setup import HandoffConfig, check_cloud_installed
 from edgert.planner import BASE_BYTES, cores, plan, run_bytes
 from edgert.runtime import Model, load
 
 PROMPT = "Once upon a time"
 FAMILY = ("target", "draft", "moe")
+SPLIT_LAYER = 3
+"""Layers of the target that stay on the board, its first exit among them."""
 _TOKENS = 120
 _QUANT: Any = "q8"
 
@@ -33,8 +38,12 @@ def bundled_model(name: str = "target") -> AbstractContextManager[Path]:
     return resources.as_file(resources.files("edgert") / "assets" / name)
 
 
-Files = Mapping[str, Path]
-"""The converted family, by name."""
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What there is to run."""
+
+    files: Mapping[str, Path]  # converted, by name
+    cloud: str | None  # where the other half of the split target is served; None where it cannot be
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +52,26 @@ class Way:
 
     name: str
     model: str = "target"
-    options: Callable[[Files], dict[str, Any]] = field(default=lambda files: {})  # for `load`
+    options: Callable[[Family], dict[str, Any]] = field(default=lambda family: {})  # for `load`
     saved: Callable[[Completion], str] = field(default=lambda done: "")  # what it did better than plain
+    file: str = ""  # of those converted; that of the model if not given
 
 
 def _exits(done: Completion) -> str:
     """How much of the upper layers an early exit spared."""
     stats = done.stats
     return f"{stats['exits']} of {len(done.tokens)} tokens answered after a part of the layers (approximate)"
+
+
+def _fired(done: Completion) -> str:
+    """How many neurons were read."""
+    return f"{done.stats['neurons_read']:.0%} of the neurons read"
+
+
+def _handed_over(done: Completion) -> str:
+    """How often the other half was asked, which is another process."""
+    stats = done.stats
+    return f"{stats['exits']} tokens from this half, {stats['handoffs']} from another process (approximate)"
 
 
 def _passes(done: Completion) -> str:
@@ -76,18 +97,25 @@ def _reads(done: Completion) -> str:
 
 
 WAYS = (
-    Way("plain"),
-    Way("all cores", options=lambda files: {"threads": cores()}),
-    Way("speculative, draft", options=lambda files: {"draft": files["draft"]}, saved=_passes),
-    Way("speculative, exits", options=lambda files: {"draft": "exit"}, saved=_passes),
-    Way("speculative, lookup", options=lambda files: {"draft": "lookup"}, saved=_passes),
+    Way("whole feed-forward", file="dense"),
+    Way("sparse", saved=_fired),
+    Way("all cores", options=lambda family: {"threads": cores()}),
+    Way("speculative, draft", options=lambda family: {"draft": family.files["draft"]}, saved=_passes),
+    Way("speculative, exits", options=lambda family: {"draft": "exit"}, saved=_passes),
+    Way("speculative, lookup", options=lambda family: {"draft": "lookup"}, saved=_passes),
     Way(
         "early exits, 98 %",
-        options=lambda files: {"handoff": HandoffConfig("local", agreement=0.98)},
+        options=lambda family: {"handoff": HandoffConfig("local", agreement=0.98)},
         saved=_exits,
     ),
+    Way(
+        "split, 98 %",
+        options=lambda family: {"handoff": HandoffConfig("collaborative", family.cloud, agreement=0.98)},
+        saved=_handed_over,
+        file="edge",
+    ),
     Way("plain", model="moe"),
-    Way("streamed experts", "moe", lambda files: {"ram": _room_for_half(files["moe"])}, _reads),
+    Way("streamed experts", "moe", lambda family: {"ram": _room_for_half(family.files["moe"])}, _reads),
     Way("plain", model="draft"),
 )
 """What the demo shows, in its order; the first way of a model is what the others are compared with."""
@@ -99,15 +127,16 @@ WAYS = (
 )
 def demo_command(prompt: str) -> None:
     """Convert the bundled family and let it write, plainly and with every acceleration."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         files = _convert_family(Path(scratch))
+        cloud = stack.enter_context(_serving(files["cloud"]))
         began = time.perf_counter()
         with load(files["target"], threads=1) as model:
             model.generate(prompt, max_tokens=1)
             seconds = time.perf_counter() - began
             print(f"start    {seconds:.1f} s (compiles the kernels where they are not cached)\n")
             _tell(model, prompt)
-        _show_ways(files, prompt)
+        _show_ways(Family(files, cloud), prompt)
         _show_precisions(Path(scratch), prompt)
 
 
@@ -121,7 +150,30 @@ def _convert_family(scratch: Path) -> dict[str, Path]:
             f"convert  {name:<7} {report.parameters / 1e6:5.2f} M weights to {size_text(report.file_bytes)}, "
             f"{report.seconds:.1f} s"
         )
+    with bundled_model() as folder:
+        files["dense"] = scratch / "dense.ert"
+        convert(folder, files["dense"], _QUANT, sparsity="none")
+    files["edge"], files["cloud"] = scratch / "edge.ert", scratch / "cloud.ert"
+    split(files["target"], SPLIT_LAYER, files["edge"], files["cloud"])
     return files
+
+
+@contextmanager
+def _serving(file: Path) -> Iterator[str | None]:
+    """The address at which another process serves the upper half; None where its packages are missing."""
+    try:
+        check_cloud_installed()
+    except DeviceError:
+        yield None
+        return
+    command = [sys.executable, "-m", "edgert", "cloud", str(file), "--listen", "127.0.0.1:0", "-t", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = re.search(r" at (\S+:\d+),", process.stdout.readline())
+            yield found[1] if found else None
+        finally:
+            process.terminate()
 
 
 def _tell(model: Model, prompt: str) -> None:
@@ -132,13 +184,16 @@ def _tell(model: Model, prompt: str) -> None:
     sys.stdout.flush()
 
 
-def _show_ways(files: Files, prompt: str) -> None:
+def _show_ways(family: Family, prompt: str) -> None:
     """The same story, greedily, by every way: its speed, whether it is the same, and what was saved."""
     print(f"{'model':<7} {'way':<20} {'tokens/s':>9}  {'as plain':<11} what was saved")
     plain: dict[str, Completion] = {}
     for way in WAYS:
-        options = {"threads": 1} | way.options(files)
-        with load(files[way.model], **options) as model:
+        if way.file == "edge" and family.cloud is None:
+            print(f"{way.model:<7} {way.name:<20} {'-':>9}  needs: pip install 'edgert[cloud]'")
+            continue
+        options = {"threads": 1} | way.options(family)
+        with load(family.files[way.file or way.model], **options) as model:
             done = model.generate(prompt, max_tokens=_TOKENS)
         first = plain.setdefault(way.model, done)
         same = "" if first is done else _alike(first.tokens, done.tokens)

@@ -164,6 +164,11 @@ class Forward:
         """The normed rows [count, D] that the logits of the last call were made of: a view."""
         return self._rows(self._chosen, count)[:, : self.spec.width]
 
+    @property
+    def fired(self) -> tuple[int, int]:
+        """Neurons computed one by one so far, and how many there were in these layers and forwards."""
+        return int(self._job[program.FIRED]), int(self._job[program.NEURONS])
+
     def _run_through(self, start: int, last: int, head: tuple[int, int] | None) -> None:
         """From operation `start` to the end of the layers before `last`, then a head."""
         end = self._starts[last]
