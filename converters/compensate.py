@@ -10,12 +10,11 @@ are when their group's turn comes.
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgert.converters.quantize import Floats, check_weights, round_codes, search_q4
+from edgert.converters.quantize import Codes, Floats, check_weights, quantize, round_codes, search
 from edgert.kernels.packing import GROUP
 
-COMPENSATED: Final = ("q4",)
+COMPENSATED: Final = ("q4m", "q4", "q3", "q2")
 """The quantisations for which it is done; the error of q8 is below that of the products themselves."""
 DAMPING: Final = 0.01
 """Added to the diagonal of G, as a share of its mean: as published. It also makes G positive definite where
@@ -42,28 +41,38 @@ class Errors:
         self.weight: Floats = np.diag(damped).astype(np.float32)
 
 
-def compensated_q4(
-    weights: Floats, errors: Errors, name: str = "matrix"
-) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
-    """float32 [N, K] to int8 [N, K] in -8..7 and scales [N, ceil(K/32)].
+def compensated(weights: Floats, errors: Errors, quant: str, name: str = "matrix") -> Codes:
+    """float32 [N, K] to whole numbers and scales of `quant`, one of COMPENSATED.
 
     Raises ConversionError as `check_weights`.
     """
-    check_weights(weights, "q4", name)
+    check_weights(weights, quant, name)
     rows, columns = weights.shape
     left = np.ascontiguousarray(weights.T)  # [K, N] the weights as the columns before have changed them
     codes = np.empty((columns, rows), np.int8)
-    scales = np.empty((rows, -(-columns // GROUP)), np.float16)
-    for group, start in enumerate(range(0, columns, GROUP)):
+    scales: list[Floats] = []
+    minimums: list[Floats] = []
+    for start in range(0, columns, GROUP):
         end = min(start + GROUP, columns)
         block, answer = left[start:end], errors.answer[start:end]
-        scales[:, group] = search_q4(block, errors.weight[start:end, None])
-        scale = scales[:, group].astype(np.float32)
+        scale, minimum = search(block, quant, errors.weight[start:end, None])
         made = np.empty_like(block)
         for j, column in enumerate(block):
-            code = round_codes(column, scale, "q4")
-            made[j] = (column - code * scale) / answer[j, start + j]
+            code = round_codes(column, quant, scale, minimum)
+            restored = code * scale if minimum is None else code * scale + minimum
+            made[j] = (column - restored) / answer[j, start + j]
             codes[start + j] = code
             block[j + 1 :] -= answer[j, start + j + 1 : end, None] * made[j]
         left[end:] -= answer[:, end:].T @ made
-    return np.ascontiguousarray(codes.T), scales
+        scales.append(scale)
+        if minimum is not None:
+            minimums.append(minimum)
+    least = np.stack(minimums, axis=1) if minimums else None
+    return Codes(np.ascontiguousarray(codes.T), np.stack(scales, axis=1), least)
+
+
+def round_weights(weights: Floats, quant: str, errors: Errors | None, name: str) -> Codes:
+    """float32 [N, K] to whole numbers and scales, `compensated` where `errors` are known."""
+    if errors is None:
+        return quantize(weights, quant, name=name)
+    return compensated(weights, errors, quant, name)

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import ModelSpec, Quant
-from edgert.converters.compensate import Errors, compensated_q4
-from edgert.converters.quantize import Codes, Distortion, dequantize, quantize_q4, quantize_q8
+from edgert.converters.compensate import Errors, round_weights
+from edgert.converters.quantize import Codes, Distortion
 from edgert.errors import OptionError
 from edgert.format import StoredTensor
 from edgert.format.tensors import matrices_in
@@ -120,10 +120,6 @@ def _codes(
     if isinstance(slab, Codes) and slab.fit(quant):
         return slab.values, slab.scales.astype(np.float16)
     weights = slab.floats() if isinstance(slab, Codes) else slab
-    if errors is not None:
-        values, scales = compensated_q4(weights, errors, name)
-    else:
-        quantize = quantize_q4 if quant == "q4" else quantize_q8
-        values, scales = quantize(weights, name=name)
-    distortion.add(weights, dequantize(values, scales))
-    return values, scales
+    codes = round_weights(weights, quant, errors, name)
+    distortion.add(weights, codes.floats())
+    return codes.values, codes.scales.astype(np.float16)

@@ -14,23 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
-from edgert.converters.compensate import COMPENSATED, Errors, compensated_q4
+from edgert.converters.compensate import COMPENSATED, Errors, round_weights
 from edgert.converters.hottest_first import Firing, HottestFirst, sparsity_metadata
 from edgert.converters.neurons import neuron_clusters
-from edgert.converters.quantize import (
-    Codes,
-    Distortion,
-    check_weights,
-    dequantize,
-    quantize_q4,
-    quantize_q8,
-)
+from edgert.converters.quantize import CODE_RANGE, Codes, Distortion, check_weights
 from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.errors import OptionError
 from edgert.format import ErtWriter, StoredTensor, declared
 from edgert.format.layout import QUANTIZED
 from edgert.format.tensors import TOKENIZER, matrices_in
-from edgert.kernels.packing import BLOCK, pack_floats, pack_q4, pack_q8
+from edgert.kernels.packing import BLOCK, pack, pack_floats
 from edgert.resident import peak_rss_bytes
 
 # Weights of one slab, 4 MB as float32: about 30 MB with everything derived from it. Smaller slabs
@@ -218,8 +211,8 @@ def _records(
 
 def pack_codes(codes: Codes, quant: str) -> NDArray[np.uint8]:
     """Codes that fit `quant` to its record bytes; what they decode to is what they were."""
-    pack = pack_q4 if quant == "q4" else pack_q8
-    return pack(codes.values, codes.scales.astype(np.float16))
+    minimums = None if codes.minimums is None else codes.minimums.astype(np.float16)
+    return pack(quant, codes.values, codes.scales.astype(np.float16), minimums)
 
 
 def encode(
@@ -230,15 +223,9 @@ def encode(
     errors: what an error in a column does, for a quantisation in COMPENSATED. The second is None for f32,
     which is exact. Raises ConversionError as `check_weights`.
     """
-    if quant == "q4":
-        if errors is None:
-            values, scales = quantize_q4(weights, name=name)
-        else:
-            values, scales = compensated_q4(weights, errors, name=name)
-        return pack_q4(values, scales), dequantize(values, scales)
-    if quant == "q8":
-        values, scales = quantize_q8(weights, name=name)
-        return pack_q8(values, scales), dequantize(values, scales)
+    if quant in CODE_RANGE:
+        codes = round_weights(weights, quant, errors, name)
+        return pack_codes(codes, quant), codes.floats()
     check_weights(weights, quant, name)
     if quant == "f16":
         half = weights.astype(np.float16)

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from edgert.errors import OptionError
 
-Quant = Literal["f32", "f16", "q8", "q4"]
-QUANTS: tuple[Quant, ...] = ("f32", "f16", "q8", "q4")
+Quant = Literal["f32", "f16", "q8", "q4m", "q4", "q3", "q2"]
+QUANTS: tuple[Quant, ...] = ("f32", "f16", "q8", "q4m", "q4", "q3", "q2")
+"""The most precise first."""
 KvType = Literal["f16", "q8", "q4"]
 KV_TYPES: tuple[KvType, ...] = ("f16", "q8", "q4")
 Activation = Literal["silu", "relu", "relu2", "gelu_tanh"]

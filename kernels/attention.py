@@ -28,7 +28,7 @@ from edgert.kernels.softmax import softmax
 MOST_HEADS = 4
 """Most query heads of one call: one load of the cache serves them all."""
 
-_record_scores = tiles.quantized_product("q4", HEADS)
+_record_scores = tiles.quantized_product("q4", sizes=HEADS)
 
 
 @jit
@@ -57,7 +57,7 @@ def _scores_q4(heads, kv, region, d, first, last, s, s_at, s_stride, xq, xs, xn,
         s[s_at + h * s_stride + first * 16 : s_at + h * s_stride + last * 16] = np.float32(0.0)
     groups, ahead = (d + 31) // 32, matmul.AHEAD
     _record_scores(
-        kv, region, groups, first, last, heads, xq, xs, xn, x_at, s, s_at, s_stride, MOST_HEADS, ahead
+        0, kv, region, groups, first, last, heads, xq, xs, xn, x_at, s, s_at, s_stride, MOST_HEADS, ahead
     )
 
 

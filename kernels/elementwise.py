@@ -86,5 +86,7 @@ def _plain_read_f32(array: Any, index: int) -> np.float32:
 
 read_f16 = _scalar_reader(ir.IntType(16), simd.half_to_float)
 """The float16 at byte `index`, as float32."""
+read_byte_scale = _scalar_reader(ir.IntType(8), simd.byte_scales)
+"""The scale of one byte at byte `index`, as float32; see packing.py."""
 read_f32 = _scalar_reader(ir.FloatType(), lambda builder, value: value) if JIT else _plain_read_f32
 """The float32 at byte `index`."""

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from edgert.kernels.elementwise import read_f16, read_f32
+from edgert.kernels.elementwise import read_byte_scale, read_f16, read_f32
 from edgert.kernels.jit import kernel
-from edgert.kernels.matmul import F16, F32, Q8
+from edgert.kernels.matmul import F16, F32, Q3, Q4, Q4M, Q8
 from edgert.kernels.reference import embedding as _twin
 
 
@@ -27,9 +27,22 @@ def embed(quant, w, w_at, groups, token, y, y_at):
             for k in range(32):
                 value = np.int32(w[record + (k // 4) * 64 + lane * 4 + k % 4])
                 y[out + k] = scale * np.float32(value - (value >> 7) * 256)  # a byte as signed
-        else:
-            record = w_at + (block * groups + g) * 288
+        elif quant == Q4 or quant == Q4M:
+            record = w_at + (block * groups + g) * (288 if quant == Q4 else 320)
             scale = read_f16(w, record + 256 + lane * 2)
+            offset = 8 if quant == Q4 else 0
             for k in range(32):
                 value = np.int32(w[record + (k // 8) * 64 + lane * 4 + k % 4])
-                y[out + k] = scale * np.float32(((value >> (k % 8 // 4 * 4)) & 15) - 8)
+                y[out + k] = scale * np.float32(((value >> (k % 8 // 4 * 4)) & 15) - offset)
+                if quant == Q4M:
+                    y[out + k] += read_f16(w, record + 288 + lane * 2)
+        else:
+            record = w_at + (block * groups + g) * (208 if quant == Q3 else 144)
+            scale = read_byte_scale(w, record + (192 if quant == Q3 else 128) + lane)
+            offset = 4 if quant == Q3 else 2
+            for k in range(32):
+                at = record + lane * 4 + k % 4
+                value = np.int32(w[at + k // 16 * 64]) >> (k % 16 // 4 * 2) & 3
+                if quant == Q3:
+                    value |= (np.int32(w[at + 128]) >> (k // 4) & 1) << 2
+                y[out + k] = scale * np.float32(value - offset)

@@ -4,7 +4,7 @@ from edgert.kernels import tiles
 from edgert.kernels.jit import jit, kernel
 from edgert.kernels.reference import matmul as _twin
 
-F32, F16, Q8, Q4 = 0, 1, 2, 3
+F32, F16, Q8, Q4M, Q4, Q3, Q2 = range(7)
 """Stored precisions as numbers, in the order of `config.QUANTS`."""
 
 MOST = tiles.QUANTIZED_ROWS[0]
@@ -15,6 +15,7 @@ Zen 4, per record of a matrix far larger than the caches: 4 rows 17.2 ns without
 the first cache, 11.7 with 64 into the second (11.3 if all is in cache); 8 rows 50, 24.1 and 23.4 (23.0)."""
 
 _q4, _q8 = tiles.quantized_product("q4"), tiles.quantized_product("q8")
+_small = tiles.quantized_product(*_twin.SMALL)
 _f16, _f32 = tiles.float_product("f16"), tiles.float_product("f32")
 
 
@@ -29,7 +30,7 @@ def matmul_q4(
     then y = fma(i, w_scale * x_scale, y') from y' = 0, groups in order; last the addition to y.
     `most` rows of a tile and `ahead` records of prefetching change the speed and no bit.
     """
-    _q4(w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead)
+    _q4(0, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead)
 
 
 @kernel(_twin.matmul_q8)
@@ -37,7 +38,20 @@ def matmul_q8(
     w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most=MOST, ahead=AHEAD
 ):
     """As `matmul_q4`, over a q8 matrix."""
-    _q8(w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead)
+    _q8(0, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead)
+
+
+@kernel(_twin.matmul_small)
+def matmul_small(
+    quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most=MOST, ahead=AHEAD
+):
+    """As `matmul_q4`, over a matrix of type q4m (quant 0), q3 (1) or q2 (2).
+
+    Per group y = fma(minimum, x_sum * x_scale, fma(i, w_scale * x_scale, y')); the minimum is 0 but in q4m.
+    One function of three types, which differ in how a record is unpacked: it takes a third of the time to
+    compile that three would.
+    """
+    _small(quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead)
 
 
 @kernel(_twin.matmul_f16)
@@ -59,7 +73,9 @@ def matmul_f32(w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y
 @jit
 def record_bytes(quant):
     """Bytes of 16 rows by 32 columns; as `packing.RECORD_BYTES`, by number."""
-    return 2048 if quant == F32 else 1024 if quant == F16 else 544 if quant == Q8 else 288
+    if quant <= Q8:
+        return 2048 if quant == F32 else 1024 if quant == F16 else 544
+    return 320 if quant == Q4M else 288 if quant == Q4 else 208 if quant == Q3 else 144
 
 
 @jit
@@ -68,7 +84,7 @@ def matmul(
 ):
     """y[t, n] += sum over k of W[n, k] * x[t, k] for blocks first..last-1 of a matrix of any precision.
 
-    Rows of x are float at f[x] for f32 and f16, quantised from group `at` for q8 and q4; y is in f.
+    Rows of x are float at f[x] for f32 and f16, else quantised from group `at`; y is in f.
     """
     if quant == Q4:
         matmul_q4(w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)
@@ -76,5 +92,8 @@ def matmul(
         matmul_q8(w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)
     elif quant == F16:
         matmul_f16(w, w_at, groups, first, last, rows, f, x, x_stride, f, y, y_stride)
-    else:
+    elif quant == F32:
         matmul_f32(w, w_at, groups, first, last, rows, f, x, x_stride, f, y, y_stride)
+    else:
+        kind = 0 if quant == Q4M else 1 if quant == Q3 else 2
+        matmul_small(kind, w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)

@@ -85,7 +85,7 @@ def unpack_up(quant: str, rows: NDArray[np.uint8]) -> tuple[NDArray[np.int8], ND
     """Bytes [N, up] to stored values int8 [N, padded D] and scales [N, groups of them]."""
     records = rows.reshape(len(rows), -1, RECORD_BYTES[quant])
     values = unpack_values(quant, records)  # [N, spans, group, 32]
-    return values.astype(np.int8).reshape(len(rows), -1), unpack_scales(records).reshape(len(rows), -1)
+    return values.astype(np.int8).reshape(len(rows), -1), unpack_scales(quant, records).reshape(len(rows), -1)
 
 
 def pack_down(quant: str, values: NDArray[np.int8]) -> NDArray[np.uint8]:

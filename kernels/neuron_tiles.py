@@ -96,7 +96,8 @@ def row_sums(quant: str) -> Any:
             record = _at(builder, w, (at, 1), (span, size))
             tiles.prefetch(builder, _at(builder, w, (ahead, 1), (span, size)), size)
             values = _at(builder, x, (x_at, 1), (span, 512))
-            registers, row_scales = tiles.load_group(builder, quant, record)
+            group = tiles.load_group(builder, quant, record)
+            registers, row_scales = group.registers, group.scales
             totals = simd.load(builder, _at(builder, xn, (s_at, 1), (span, 16)), i32x16.llvm)
             offset = simd.constant(i32x16.llvm, -tiles.weight_offset(quant))
             # Two chains, as in tiles.py.

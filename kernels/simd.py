@@ -16,6 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 from edgert.kernels import target
+from edgert.kernels.packing import BYTE_SCALE_FACTOR
 
 LANES = 16
 
@@ -142,6 +143,28 @@ def join(builder: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
         lanes = list(range(2 * parts[0].type.count))
         parts = [shuffle(builder, a, b, lanes) for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
+
+
+def byte_scales(builder: ir.IRBuilder, stored: ir.Value) -> ir.Value:
+    """Scales of one byte (i8 lanes; see packing.py) to float32, exactly."""
+    wide = ir.VectorType(_I16, stored.type.count)
+    moved = builder.shl(builder.sext(stored, wide), constant(wide, 7))
+    # The sign was extended through bits 15 and 14; the second belongs to the exponent.
+    halves = half_to_float(builder, builder.and_(moved, constant(wide, -(1 << 14) - 1)))
+    return builder.fmul(halves, constant(halves.type, BYTE_SCALE_FACTOR))
+
+
+def field(builder: ir.IRBuilder, value: ir.Value, shift: int, mask: int) -> ir.Value:
+    """Every byte shifted right by `shift` (left where negative) and masked; no bit of `mask` is shifted in.
+
+    On x86, for the reason given in `nibbles`, by shifts of 16 bits.
+    """
+    kind = value.type if platform.machine() != "x86_64" else ir.VectorType(_I16, value.type.count // 2)
+    wide = builder.bitcast(value, kind)
+    if shift:
+        move = builder.lshr if shift > 0 else builder.shl
+        wide = move(wide, constant(kind, abs(shift)))
+    return builder.and_(builder.bitcast(wide, value.type), constant(value.type, mask))
 
 
 def nibbles(builder: ir.IRBuilder, value: ir.Value) -> tuple[ir.Value, ir.Value]:

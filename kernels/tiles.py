@@ -102,49 +102,93 @@ def _broadcast_bytes(builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
 
 def weight_offset(quant: str) -> int:
     """By how much a weight that a dot product takes is above the weight that is meant."""
-    return 8 if quant == "q4" else simd.bytes_offset()
+    return simd.bytes_offset() if quant == "q8" else packing.OFFSETS.get(quant, 0)
 
 
-def _correction(builder: ir.IRBuilder, quant: str, total: ir.Value) -> ir.Value:
+class Group(NamedTuple):
+    """A record unpacked: weights as whole numbers, `offset` above what they mean, and their scales."""
+
+    registers: list[ir.Value]  # eight of 64 bytes, in order of k
+    scales: ir.Value  # f32x16
+    offset: ir.Value  # i32
+    minimums: ir.Value | None = None  # f32x16, of those types that have them or share a tile with one
+
+
+def _correction(builder: ir.IRBuilder, group: Group, total: ir.Value) -> ir.Value:
     """What the offset of the stored weights adds to a product with a row of sum `total`, negated."""
-    return simd.broadcast(builder, builder.mul(total, ir.Constant(_I32, -weight_offset(quant))), 16)
+    return simd.broadcast(builder, builder.neg(builder.mul(total, group.offset)), 16)
 
 
-def _dot_group(
-    builder: ir.IRBuilder, quant: str, registers: list[ir.Value], x: ir.Value, total: ir.Value
-) -> ir.Value:
+def _dot_group(builder: ir.IRBuilder, is_bytes: bool, group: Group, x: ir.Value, total: ir.Value) -> ir.Value:
     """The integer products of one group: i32x16 of sum over 32 k of q[row, k] * x[k]."""
     # Two chains, for the latency of the dot product; integer sums are exact in any order.
-    chains = [_correction(builder, quant, total), simd.constant(i32x16.llvm, 0)]
-    for j, weights in enumerate(registers):
+    chains = [_correction(builder, group, total), simd.constant(i32x16.llvm, 0)]
+    for j, weights in enumerate(group.registers):
         values = _broadcast_bytes(builder, _at(builder, x, 4 * j))
-        dot = simd.dot4_nibbles if quant == "q4" else simd.dot4_bytes
+        dot = simd.dot4_bytes if is_bytes else simd.dot4_nibbles
         chains[j % 2] = dot(builder, chains[j % 2], weights, values)
     return builder.add(*chains)
 
 
 def _dot_groups(
-    builder: ir.IRBuilder, quant: str, registers: list[ir.Value], xs: list[ir.Value], totals: list[ir.Value]
+    builder: ir.IRBuilder, is_bytes: bool, group: Group, xs: list[ir.Value], totals: list[ir.Value]
 ) -> list[ir.Value]:
     """`_dot_group` of several rows: two at a time where the machine multiplies matrices of bytes."""
     if not target.lowering().pairs or len(xs) == 1:
         each = zip(xs, totals, strict=True)
-        return [_dot_group(builder, quant, registers, x, total) for x, total in each]
+        return [_dot_group(builder, is_bytes, group, x, total) for x, total in each]
     return [
-        builder.add(whole, _correction(builder, quant, total))
-        for whole, total in zip(simd.dot_pairs(builder, registers, xs), totals, strict=True)
+        builder.add(whole, _correction(builder, group, total))
+        for whole, total in zip(simd.dot_pairs(builder, group.registers, xs), totals, strict=True)
     ]
 
 
-def load_group(builder: ir.IRBuilder, quant: str, record: ir.Value) -> tuple[list[ir.Value], ir.Value]:
-    """The eight weight registers of a record, in order of k, and its 16 scales."""
-    stored = 4 if quant == "q4" else 8
-    raw = [simd.load(builder, _at(builder, record, 64 * j), i8x64.llvm) for j in range(stored)]
-    bits = simd.load(builder, _at(builder, record, 64 * stored), ir.VectorType(_I16, 16))
-    scales = simd.half_to_float(builder, bits)
-    if quant == "q8":
-        return raw, scales
-    return [half for v in raw for half in simd.nibbles(builder, v)], scales
+def _halves(builder: ir.IRBuilder, record: ir.Value, at: int) -> ir.Value:
+    """16 float16 of a record, as floats."""
+    bits = simd.load(builder, _at(builder, record, at), ir.VectorType(_I16, 16))
+    return simd.half_to_float(builder, bits)
+
+
+def load_group(builder: ir.IRBuilder, quant: str, record: ir.Value) -> Group:
+    """A record of one type (packing.py)."""
+    planes = {"q8": 8, "q4m": 4, "q4": 4, "q3": 3, "q2": 2}[quant]
+    raw = [simd.load(builder, _at(builder, record, 64 * j), i8x64.llvm) for j in range(planes)]
+    offset = ir.Constant(_I32, weight_offset(quant))
+    if quant in ("q8", "q4m", "q4"):
+        registers = raw if quant == "q8" else [half for v in raw for half in simd.nibbles(builder, v)]
+        minimums = _halves(builder, record, 64 * planes + 32) if quant == "q4m" else None
+        return Group(registers, _halves(builder, record, 64 * planes), offset, minimums)
+    registers = [simd.field(builder, raw[j // 4], j % 4 * 2, 3) for j in range(8)]
+    if quant == "q3":
+        thirds = (simd.field(builder, raw[2], j - 2, 4) for j in range(8))
+        registers = [builder.or_(low, third) for low, third in zip(registers, thirds, strict=True)]
+    stored = simd.load(builder, _at(builder, record, 64 * planes), ir.VectorType(ir.IntType(8), 16))
+    return Group(registers, simd.byte_scales(builder, stored), offset)
+
+
+def _load_one_of(builder: ir.IRBuilder, quants: tuple[str, ...], which: ir.Value, record: ir.Value) -> Group:
+    """A record of the type quants[which]."""
+    if len(quants) == 1:
+        return load_group(builder, quants[0], record)
+    zero = simd.constant(f32x16.llvm, 0.0)
+    kinds = [*[i8x64.llvm] * 8, f32x16.llvm, _I32, f32x16.llvm]
+    places = [cgutils.alloca_once(builder, kind) for kind in kinds]
+    for number, quant in enumerate(quants):
+        with builder.if_then(builder.icmp_unsigned("==", which, _int(number))):
+            found = load_group(builder, quant, record)
+            parts = [*found.registers, found.scales, found.offset, found.minimums or zero]
+            for part, place in zip(parts, places, strict=True):
+                builder.store(part, place)
+    *registers, scales, offset, minimums = (builder.load(place) for place in places)
+    return Group(registers, scales, offset, minimums)
+
+
+def _record_bytes(builder: ir.IRBuilder, quants: tuple[str, ...], which: ir.Value) -> ir.Value:
+    size: ir.Value = _int(packing.RECORD_BYTES[quants[0]])
+    for number, quant in enumerate(quants[1:], 1):
+        this = builder.icmp_unsigned("==", which, _int(number))
+        size = builder.select(this, _int(packing.RECORD_BYTES[quant]), size)
+    return size
 
 
 def prefetch(builder: ir.IRBuilder, record: ir.Value, size: int) -> None:
@@ -157,38 +201,49 @@ def prefetch(builder: ir.IRBuilder, record: ir.Value, size: int) -> None:
 
 
 def _quantized_tile(
-    builder: ir.IRBuilder, quant: str, rows: int, weights: ir.Value, x: _Rows, ahead: ir.Value
+    builder: ir.IRBuilder,
+    quants: tuple[str, ...],
+    which: ir.Value,
+    rows: int,
+    weights: ir.Value,
+    x: _Rows,
+    ahead: ir.Value,
 ) -> list[ir.Value]:
     """The sums [rows] of one block, whose records start at `weights`; `ahead` in bytes."""
-    size = packing.RECORD_BYTES[quant]
+    size = _record_bytes(builder, quants, which)
     sums = [cgutils.alloca_once_value(builder, simd.constant(f32x16.llvm, 0.0)) for _ in range(rows)]
     with cgutils.for_range(builder, x.groups) as loop:
-        record = builder.gep(weights, [_index(builder, (loop.index, size))])
+        record = builder.gep(weights, [builder.mul(loop.index, size)])
         if rows >= PREFETCHING_ROWS:
-            prefetch(builder, builder.gep(record, [ahead]), size)
-        registers, scales = load_group(builder, quant, record)
+            prefetch(builder, builder.gep(record, [ahead]), max(packing.RECORD_BYTES[q] for q in quants))
+        group = _load_one_of(builder, quants, which, record)
         places = [_index(builder, (x.groups, t), (loop.index, 1)) for t in range(rows)]
         values = [builder.gep(x.values, [_index(builder, (at, packing.GROUP))]) for at in places]
         totals = [builder.load(builder.gep(x.sums, [at])) for at in places]
-        wholes = _dot_groups(builder, quant, registers, values, totals)
-        for whole, at, total in zip(wholes, places, sums, strict=True):
-            scale = simd.broadcast(builder, builder.load(builder.gep(x.scales, [at])), 16)
-            product = builder.fmul(scales, scale)
+        wholes = _dot_groups(builder, quants == ("q8",), group, values, totals)
+        for whole, at, row_sum, total in zip(wholes, places, totals, sums, strict=True):
+            x_scale = builder.load(builder.gep(x.scales, [at]))
+            product = builder.fmul(group.scales, simd.broadcast(builder, x_scale, 16))
             real = builder.sitofp(whole, f32x16.llvm)
-            builder.store(simd.fma_values(builder, real, product, builder.load(total)), total)
+            result = simd.fma_values(builder, real, product, builder.load(total))
+            if group.minimums is not None:
+                x_sum = builder.fmul(builder.sitofp(row_sum, _F32), x_scale)
+                result = simd.fma_values(builder, group.minimums, simd.broadcast(builder, x_sum, 16), result)
+            builder.store(result, total)
     return [builder.load(total) for total in sums]
 
 
-def quantized_product(quant: str, sizes: tuple[int, ...] = QUANTIZED_ROWS) -> Any:
-    """The product of q4 or q8 weights and quantised rows.
+def quantized_product(*quants: str, sizes: tuple[int, ...] = QUANTIZED_ROWS) -> Any:
+    """The product of weights of some types and quantised rows.
 
-    product(w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead): the
-    arguments of `matmul.matmul_q4`.
+    product(which, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead):
+    the weights are of type quants[which]; the other arguments are those of `matmul.matmul_q4`.
     """
 
     @intrinsic
     def product(
         typing: Any,
+        which: Any,
         w: Any,
         w_at: Any,
         groups: Any,
@@ -206,24 +261,24 @@ def quantized_product(quant: str, sizes: tuple[int, ...] = QUANTIZED_ROWS) -> An
         ahead: Any,
     ) -> Any:
         i = types.int64
-        signature = types.void(w, i, i, i, i, i, xq, xs, xn, i, y, i, i, i, i)
+        signature = types.void(i, w, i, i, i, i, i, xq, xs, xn, i, y, i, i, i, i)
 
         def body(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
-            w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead = (
+            which, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead = (
                 context.make_array(kind)(context, builder, value).data
                 if isinstance(kind, types.Array)
                 else value
                 for kind, value in zip(sig.args, args, strict=True)
             )
-            size = packing.RECORD_BYTES[quant]
-            distance = _index(builder, (ahead, size))
-            block_bytes = _index(builder, (groups, size))
+            size = _record_bytes(builder, quants, which)
+            distance = builder.mul(ahead, size)
+            block_bytes = builder.mul(groups, size)
             for count, row, block in _each_tile(builder, _Range(first, last, rows, most), sizes):
                 weights = builder.gep(w, [builder.add(w_at, builder.mul(block, block_bytes))])
                 at = builder.add(x_at, builder.mul(row, groups))
                 values = builder.gep(xq, [_index(builder, (at, packing.GROUP))])
                 x = _Rows(values, builder.gep(xs, [at]), builder.gep(xn, [at]), groups)
-                sums = _quantized_tile(builder, quant, count, weights, x, distance)
+                sums = _quantized_tile(builder, quants, which, count, weights, x, distance)
                 out = builder.add(builder.mul(row, y_stride), _index(builder, (y_at, 1), (block, 16)))
                 _add_to_rows(builder, sums, builder.gep(y, [out]), y_stride)
             return context.get_dummy_value()

@@ -30,8 +30,9 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
-QUANTS = ("f32", "f16", "q8", "q4")
-RECORD = {"f32": 2048, "f16": 1024, "q8": 544, "q4": 288}
+QUANTS = ("f32", "f16", "q8", "q4m", "q4", "q3", "q2")
+RECORD = {"f32": 2048, "f16": 1024, "q8": 544, "q4m": 320, "q4": 288, "q3": 208, "q2": 144}
+INTEGERS = {"q8": (-127, 127), "q4m": (0, 15), "q4": (-8, 7), "q3": (-4, 3), "q2": (-2, 1)}
 
 few = settings(deadline=None, max_examples=12, derandomize=True)
 some = settings(deadline=None, max_examples=50, derandomize=True)
@@ -132,8 +133,14 @@ def weight_bytes(quant: str, label: object, blocks: int, groups: int, flavour: s
     data = raw(label, records * RECORD[quant]).reshape(records, -1)
     if quant == "q8":
         data[:, :512][data[:, :512] == 128] = 127  # -128 is not a q8 value
+    if quant in ("q3", "q2"):
+        return data.reshape(-1)  # every byte is a scale
     scales = floats((label, "scales"), flavour, records * 16, large=6e4).astype(np.float16)
-    data[:, -32:] = scales.view(np.uint8).reshape(records, 32)
+    at = 512 if quant == "q8" else 256
+    data[:, at : at + 32] = scales.view(np.uint8).reshape(records, 32)
+    if quant == "q4m":
+        minimums = floats((label, "minimums"), flavour, records * 16, large=6e4).astype(np.float16)
+        data[:, 288:] = minimums.view(np.uint8).reshape(records, 32)
     return data.reshape(-1)
 
 
@@ -148,9 +155,25 @@ def stored_value(quant: str, data: U8, at: int, groups: int, n: int, k: int) -> 
     if quant == "q8":
         value = struct.unpack_from("<b", data, record + (k // 4) * 64 + row * 4 + k % 4)[0]
         return value * float(struct.unpack_from("<e", data, record + 512 + row * 2)[0])
+    if quant in ("q3", "q2"):
+        low = int(data[record + k // 16 * 64 + row * 4 + k % 4]) >> (k % 16 // 4 * 2) & 3
+        if quant == "q2":
+            return (low - 2) * byte_scale(int(data[record + 128 + row]))
+        high = int(data[record + 128 + row * 4 + k % 4]) >> (k // 4) & 1
+        return (low + 4 * high - 4) * byte_scale(int(data[record + 192 + row]))
     byte = int(data[record + (k // 8) * 64 + row * 4 + k % 4])
     nibble = byte >> 4 if k % 8 >= 4 else byte & 15
+    if quant == "q4m":
+        scale = float(struct.unpack_from("<e", data, record + 256 + row * 2)[0])
+        return nibble * scale + float(struct.unpack_from("<e", data, record + 288 + row * 2)[0])
     return (nibble - 8) * float(struct.unpack_from("<e", data, record + 256 + row * 2)[0])
+
+
+def byte_scale(byte: int) -> float:
+    """A sign, 4 bits of exponent and 3 of mantissa, read by hand."""
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    size = (8 + mantissa) * 2.0 ** (exponent - 16) if exponent else mantissa * 2.0**-15
+    return -size if byte & 128 else size
 
 
 def stored_matrix(quant: str, data: U8, at: int, groups: int, rows: int, columns: int) -> F64:
@@ -205,12 +228,15 @@ def _matrix_bytes(tensor: StoredTensor, random: F32, label: object) -> U8:
     if tensor.quant in ("f32", "f16"):
         kind = np.float32 if tensor.quant == "f32" else np.float16
         return packing.pack_floats((random * np.float32(spread)).astype(kind)).reshape(-1)
-    top = 127 if tensor.quant == "q8" else 7
-    values = np.rint(random * np.float32(top)).astype(np.int8)
+    _, top = INTEGERS[tensor.quant]
+    middle = 8 if tensor.quant == "q4m" else 0
+    values = (np.rint(random * np.float32(top - middle)) + middle).astype(np.int8)
     wobble = whole((label, tensor.name, "scales"), 8, 15, rows, -(-columns // 32)) / 16
-    scales = (wobble * spread / top).astype(np.float16)
-    pack = packing.pack_q8 if tensor.quant == "q8" else packing.pack_q4
-    return pack(values, scales).reshape(-1)
+    scales = (wobble * spread / (top - middle)).astype(np.float16)
+    if tensor.quant in ("q3", "q2"):
+        scales = packing.byte_scales(scales)
+    minimums = -scales * np.float16(middle) if middle else None
+    return packing.pack(tensor.quant, values, scales, minimums).reshape(-1)
 
 
 # ---- other processes -------------------------------------------------------------------------

@@ -1,14 +1,26 @@
 """Rounding that makes up for its own errors: the algebra behind it, and what it gains."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgert.converters.compensate import DAMPING, Errors, compensated_q4
-from edgert.converters.quantize import dequantize, quantize_q4
+from edgert.converters.compensate import DAMPING, Errors, compensated
+from edgert.converters.quantize import dequantize, quantize
 from edgert.errors import ConversionError
 
 Floats = NDArray[np.float32]
+
+
+def quantize_q4(weights: Floats, importance: Floats | None = None, name: str = "m") -> Any:
+    codes = quantize(weights, "q4", importance, name)
+    return codes.values, codes.scales
+
+
+def compensated_q4(weights: Floats, errors: Errors, name: str = "m") -> Any:
+    codes = compensated(weights, errors, "q4", name)
+    return codes.values, codes.scales
 
 
 def correlated(columns: int, rows: int = 2000, rank: int = 12) -> Floats:

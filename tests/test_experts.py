@@ -45,7 +45,7 @@ PIECES = [17] + [1] * 9 + [4]  # a chunk that needs nearly all experts, single t
 
 
 def quant_of(name: str) -> str:
-    return ("q4", "q8", "f16", "f32")[sum(name.encode()) % 4]
+    return ("q4", "q8", "f16", "q3", "f32", "q2")[sum(name.encode()) % 6]
 
 
 class Memory:

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from edgert.config import ACTIVATIONS, QUANTS, ModelSpec
+from edgert.config import ACTIVATIONS, ModelSpec
 from edgert.errors import ConversionError
 from edgert.format import ErtFile, ErtWriter, ExitCalibration, declared
-from edgert.format.layout import LARGE_PAGE, PAGE, page_padded, stored_bytes
+from edgert.format.layout import LARGE_PAGE, PAGE, allowed_quants, page_padded, stored_bytes
 from edgert.format.verify import check
 from edgert.format.writer import Disk
 
@@ -64,8 +64,8 @@ def test_a_written_file_reads_back(
     seed: int,
 ) -> None:
     path = tmp_path_factory.mktemp("roundtrip") / "m.ert"
-    matrices = [decl.name for decl in declared(spec) if decl.role == "matrix"]
-    quants = {name: data.draw(st.sampled_from(QUANTS)) for name in matrices}
+    matrices = [decl for decl in declared(spec) if decl.role == "matrix"]
+    quants = {d.name: data.draw(st.sampled_from(allowed_quants(d.role, d.shape))) for d in matrices}
     random = np.random.default_rng(seed)
     calibration = ExitCalibration(0.5, (0.0, 0.9), (7, 2), (3, 2))
     exits = {"exits": json.dumps({layer: calibration.to_json() for layer in spec.exits})}
@@ -81,7 +81,7 @@ def test_a_written_file_reads_back(
         assert file.metadata == metadata | {"errors": "{}"}
         assert file.exits == dict.fromkeys(spec.exits, calibration)
         assert {name: file.raw(name).tobytes() for name in contents} == contents
-        assert {name: file.tensors[name].quant for name in matrices} == quants
+        assert {d.name: file.tensors[d.name].quant for d in matrices} == quants
         assert file.size == writer.size == path.stat().st_size
         assert file.tensors == writer.tensors
         assert list(file.tensors) == [d.name for d in declared(spec, len(tokenizer or b""))]
@@ -435,3 +435,15 @@ def test_metadata_beyond_the_reserved_room_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="give it when the writer is made"):
         write_tiny(tmp_path / "m.ert", errors="x" * 10000)
     assert files(tmp_path) == []
+
+
+def test_a_type_with_a_minimum_is_refused_where_rows_end_inside_a_group(tmp_path: Path) -> None:
+    """There the padding could not be zeros."""
+    assert "q4m" in allowed_quants("matrix", (5, 64)) and "q4m" not in allowed_quants("matrix", (64, 70))
+    assert "q4m" in allowed_quants("expert", (3, 32, 64)) and "q4m" not in allowed_quants(
+        "expert", (3, 40, 64)
+    )
+    assert allowed_quants("router", (4, 64)) == ("f32",)
+    quants = {**TINY_QUANTS, "layers.0.q": "q4m"}
+    with pytest.raises(ConversionError, match=r"found quantisation 'q4m' for layers\.0\.q"):
+        ErtWriter(tmp_path / "m.ert", TINY, quants)

@@ -75,6 +75,9 @@ CASES = {
     "odd-mixed-q8": Case(MQA_ODD, "mixed", "q8"),
     "small-mixed-f16": Case(SMALL_HEADS, "mixed", "f16"),
     "gqa-q8-q8": Case(GQA, "q8", "q8"),
+    "gqa-q4m-f16": Case(GQA, "q4m", "f16"),
+    "gqa-q3-f16": Case(GQA, "q3", "f16"),
+    "rich-q2-q8": Case(RICH, "q2", "q8"),
     "rich-q4-q8": Case(RICH, "q4", "q8"),
     "rich-q4-q4": Case(RICH, "q4", "q4"),
     "odd-mixed-q4": Case(MQA_ODD, "mixed", "q4"),
@@ -103,10 +106,10 @@ TWO = pytest.mark.parametrize(
 @cache
 def weights(name: str) -> Weights:
     case = CASES[name]
-    takes_turns = ("q4", "f16", "q8", "f32")
+    takes_turns = ("q4", "f16", "q3", "q8", "f32", "q2")
 
     def quant_of(tensor: str) -> str:
-        return case.quant if case.quant != "mixed" else takes_turns[sum(tensor.encode()) % 4]
+        return case.quant if case.quant != "mixed" else takes_turns[sum(tensor.encode()) % 6]
 
     return inputs.tiny_weights(case.spec, quant_of, name)
 

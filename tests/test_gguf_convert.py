@@ -449,8 +449,8 @@ def test_what_cannot_be_converted_is_one_line(name: str, tmp_path: Path) -> None
 
 
 def test_a_quant_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="quant is 'q3'"):
-        edgert.convert(exported(tmp_path), tmp_path / "m.ert", quant="q3")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="quant is 'q5'"):
+        edgert.convert(exported(tmp_path), tmp_path / "m.ert", quant="q5")  # type: ignore[arg-type]
 
 
 def test_exits_belong_to_folders(tmp_path: Path) -> None:

@@ -45,6 +45,24 @@ def test_golden_q8_record() -> None:
     assert packed.tobytes() == bytes.fromhex(GOLDEN_Q8)
 
 
+def test_golden_q2_and_q3_records() -> None:
+    """Row 1 alone: k = 0, 4, 8, 12 share a byte, k = 1 is beside it, k = 16 in the next register."""
+    values = np.zeros((2, 32), np.int8)
+    values[1, [0, 4, 8, 12, 1, 16]] = [1, -2, -1, 0, -1, 1]
+    scales = np.array([[7.5], [-(2.0**-15)]], np.float16)
+    packed = packing.pack("q2", values, scales)
+    low = bytearray([0b10101010] * 128)  # zeros are 2
+    low[4], low[5], low[64 + 4] = 0b10_01_00_11, 0b10101001, 0b10101011
+    assert packed.tobytes() == bytes(low) + bytes([0x7F, 0x81]) + bytes(14)
+    values[1, [0, 31]] = [3, -4]
+    packed = packing.pack("q3", values, scales)
+    low = bytearray(128)  # zeros are 4
+    low[4], low[5], low[64 + 4] = 0b00_11_10_11, 0b00000011, 0b00000001
+    high = bytearray([0xFF] * 64)
+    high[4], high[5], high[7] = 0b11111001, 0b11111110, 0b01111111
+    assert packed.tobytes() == bytes(low) + bytes(high) + bytes([0x7F, 0x81]) + bytes(14)
+
+
 def test_golden_float_records() -> None:
     values = np.array([[1.0, 2.0], [-3.0, 0.5]])
     for kind, code in ((np.float32, "f"), (np.float16, "e")):
@@ -76,26 +94,42 @@ def test_floats_come_back(quant: str, seed: int, size: tuple[int, int], flavour:
     inputs.same(packing.unpack(quant, packed.reshape(-1), *size), values.astype(np.float32))
 
 
-@pytest.mark.parametrize("quant", ["q8", "q4"])
+@pytest.mark.parametrize("quant", inputs.INTEGERS)
 @inputs.some
 @given(seed=inputs.seeds, size=sizes, flavour=inputs.flavours)
 def test_whole_numbers_and_scales_come_back(
     quant: str, seed: int, size: tuple[int, int], flavour: str
 ) -> None:
-    low, high = (-127, 127) if quant == "q8" else (-8, 7)
-    values = inputs.whole((seed, "v"), low, high, *size).astype(np.int8)
+    values = inputs.whole((seed, "v"), *inputs.INTEGERS[quant], *size).astype(np.int8)
     groups = -(-size[1] // 32)
     scales = inputs.floats((seed, "s"), flavour, size[0], groups, large=6e4).astype(np.float16)
-    packed = (packing.pack_q8 if quant == "q8" else packing.pack_q4)(values, scales)
+    minimums = None
+    if quant in ("q3", "q2"):
+        scales = packing.byte_scales(scales)
+    elif quant == "q4m":
+        minimums = inputs.floats((seed, "m"), flavour, size[0], groups, large=6e4).astype(np.float16)
+    packed = packing.pack(quant, values, scales, minimums)
     assert packed.shape == (-(-size[0] // 16), groups, inputs.RECORD[quant])
-    spread = np.repeat(scales.astype(np.float32), 32, axis=1)[:, : size[1]]
-    np.testing.assert_array_equal(
-        packing.unpack(quant, packed.reshape(-1), *size), values.astype(np.float32) * spread
-    )
+    expected = values.astype(np.float32) * np.repeat(scales.astype(np.float32), 32, axis=1)[:, : size[1]]
+    if minimums is not None:
+        expected += np.repeat(minimums.astype(np.float32), 32, axis=1)[:, : size[1]]
+    np.testing.assert_array_equal(packing.unpack(quant, packed.reshape(-1), *size), expected)
     stored = packing.unpack_values(quant, packed).transpose(0, 2, 1, 3).reshape(-1, groups * 32)
     np.testing.assert_array_equal(stored[: size[0], : size[1]], values)
     assert not stored[size[0] :].any()
     assert not stored[:, size[1] :].any()
+
+
+def test_scales_of_one_byte_are_the_nearest_of_all_256() -> None:
+    every = np.array([inputs.byte_scale(byte) for byte in range(256)])
+    assert every.max() == packing.LARGEST_BYTE_SCALE
+    given = inputs.floats("scales", "large", 2000, large=12.0).astype(np.float64)
+    given = np.concatenate([given, given * 1e-4, every, [1e-9, -1e-9, 0.0]])
+    found = packing.byte_scales(given)
+    gaps = np.abs(given[:, None] - every[None]).min(axis=1)
+    np.testing.assert_array_equal(np.abs(given - found.astype(np.float64)), gaps)
+    stored = packing.scale_bytes(found)
+    np.testing.assert_array_equal([inputs.byte_scale(int(byte)) for byte in stored], found.astype(np.float64))
 
 
 @pytest.mark.parametrize("quant", inputs.QUANTS)

@@ -37,6 +37,7 @@ from edgert.kernels import (
     target,
     topk,
 )
+from edgert.kernels.reference.matmul import SMALL
 from edgert.model.forward import Forward
 from tests import kernel_inputs as inputs
 from tests import test_kernel_matmul, test_kernel_neurons, test_kernel_routing, test_kernel_rows
@@ -46,9 +47,13 @@ GOLDEN = {
     "matmul f16": "d71876c0743379b8",
     "matmul q8": "62778c3d0195f2cc",
     "matmul q4": "12af656dfefd4c7f",
+    "matmul q4m": "ff333d784b40b9b8",
+    "matmul q3": "4ad1f97d0f5c613c",
+    "matmul q2": "b17db7be5431a1f0",
     "rmsnorm": "9c95b9e87ba005f0",
     "quantize": "7cae9c04165244dc",
     "embed": "68bdd6d574250ec0",
+    "embed few bits": "c0f91cca3ba78625",
     "halves": "e9feb77aa0b1f5e5",
     "rope": "cae3ffca1e239212",
     "gate": "0e18c4724aa56711",
@@ -77,7 +82,7 @@ def products(quant: str) -> Iterator[Any]:
     for seed, flavour in enumerate(inputs.FLAVOURS):
         for rows in (1, 3, 15):
             case = test_kernel_matmul.case_of(quant, seed, flavour, 3, 2, rows)
-            getattr(matmul, f"matmul_{quant}")(*case)
+            test_kernel_matmul.product(matmul, quant)(*case)
             yield case[-3]
 
 
@@ -96,8 +101,8 @@ def quantised() -> Iterator[Any]:
         yield from case[3:6]
 
 
-def embeddings() -> Iterator[Any]:
-    for quant in inputs.QUANTS:
+def embeddings(quants: tuple[str, ...]) -> Iterator[Any]:
+    for quant in quants:
         for token in range(0, 32, 5):
             case = test_kernel_rows.embed_case(quant, token, "mixed", 2, 2, token)
             embedding.embed(*case)
@@ -247,7 +252,8 @@ PARTS: dict[str, Callable[[], Iterator[Any]]] = {
     **{f"matmul {quant}": lambda quant=quant: products(quant) for quant in inputs.QUANTS},  # type: ignore[misc]
     "rmsnorm": norms,
     "quantize": quantised,
-    "embed": embeddings,
+    "embed": lambda: embeddings(("f32", "f16", "q8", "q4")),
+    "embed few bits": lambda: embeddings(SMALL),
     "halves": halves,
     "rope": ropes,
     "gate": gates,
@@ -314,7 +320,8 @@ def main(cache: str, parts: str) -> None:
         kernels = compile_products()
     else:
         result["digests"] = digests(json.loads(parts))
-        kernels = {quant: getattr(matmul, f"matmul_{quant}") for quant in inputs.QUANTS}
+        names = ("f32", "f16", "q8", "q4", "small")
+        kernels = {name: getattr(matmul, f"matmul_{name}") for name in names}
         kernels |= {"attention": attention.attention, "rmsnorm": rmsnorm.rmsnorm}
     if jit.JIT:
         result["instructions"] = {name: instructions(kernel) for name, kernel in kernels.items()}

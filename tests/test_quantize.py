@@ -1,21 +1,35 @@
 """The quantisers: what they guarantee for any weights, and how they do on named distributions."""
 
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgert.converters.quantize import (
+    CODE_RANGE,
     LARGEST,
+    Codes,
     dequantize,
-    quantize_q4,
-    quantize_q8,
+    quantize,
     relative_error,
 )
 from edgert.errors import ConversionError
+from edgert.kernels.packing import byte_scales
 
 Floats = NDArray[np.float32]
+
+
+def quantize_q4(weights: Floats, importance: Floats | None = None, name: str = "m") -> Any:
+    codes = quantize(weights, "q4", importance, name)
+    return codes.values, codes.scales
+
+
+def quantize_q8(weights: Floats, name: str = "m") -> Any:
+    codes = quantize(weights, "q8", name=name)
+    return codes.values, codes.scales
 
 
 def plain_q4_0(weights: Floats) -> Floats:
@@ -97,11 +111,11 @@ def test_every_shape_and_size_of_weights_stays_in_range(
 ) -> None:
     weights = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
     weights *= np.float32(10.0**exponent)
-    for quantize, low, high in ((quantize_q4, -8, 7), (quantize_q8, -127, 127)):
-        values, scales = quantize(weights)
+    for rounded, low, high in ((quantize_q4, -8, 7), (quantize_q8, -127, 127)):
+        values, scales = rounded(weights)
         assert values.shape == (rows, columns)
         assert scales.shape == (rows, -(-columns // 32))
-        assert values.dtype == np.int8 and scales.dtype == np.float16
+        assert values.dtype == np.int8 and np.array_equal(scales, scales.astype(np.float16))
         assert low <= values.min() and values.max() <= high
         assert np.isfinite(scales).all()
         energy = np.square(weights, dtype=np.float64).sum()
@@ -137,8 +151,8 @@ def test_a_constant_that_float16_holds_comes_back(constant: float) -> None:
 @pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-9, 5e-8, 2e-6, 3e-5])
 def test_weights_below_the_range_of_float16_scales_lose_no_more_than_themselves(size: float) -> None:
     weights = (DISTRIBUTIONS["gaussian"] * np.float32(size)).astype(np.float32)
-    for quantize in (quantize_q4, quantize_q8):
-        restored = dequantize(*quantize(weights))
+    for rounded in (quantize_q4, quantize_q8):
+        restored = dequantize(*rounded(weights))
         assert np.all(np.abs(restored) <= np.abs(weights).max() * 1.5)
         assert np.square(weights - restored, dtype=np.float64).sum() <= (
             np.square(weights, dtype=np.float64).sum() * (1 + 1e-6)
@@ -147,23 +161,22 @@ def test_weights_below_the_range_of_float16_scales_lose_no_more_than_themselves(
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_weights_are_kept_and_larger_ones_refused(sign: int) -> None:
-    for quant, quantize in (("q4", quantize_q4), ("q8", quantize_q8)):
+    for quant, rounded in (("q4", quantize_q4), ("q8", quantize_q8)):
         weights = np.zeros((1, 32), np.float32)
         weights[0, 5] = sign * LARGEST[quant]
-        np.testing.assert_allclose(dequantize(*quantize(weights)), weights, rtol=1e-3)
+        np.testing.assert_allclose(dequantize(*rounded(weights)), weights, rtol=1e-3)
         weights[0, 5] *= 1.01
         with pytest.raises(ConversionError, match="needs --quant f32"):
-            quantize(weights)
+            rounded(weights)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("quantize", [quantize_q4, quantize_q8])
-def test_nan_and_infinity_are_refused_with_the_tensor_named(quantize: object, bad: float) -> None:
-    assert callable(quantize)
+@pytest.mark.parametrize("quant", CODE_RANGE)
+def test_nan_and_infinity_are_refused_with_the_tensor_named(quant: str, bad: float) -> None:
     weights = np.ones((20, 40), np.float32)
     weights[17, 39] = bad
     with pytest.raises(ConversionError, match=r"layers\.3\.up: found NaN or infinity"):
-        quantize(weights, name="layers.3.up")
+        quantize(weights, quant, name="layers.3.up")
 
 
 def test_importance_lowers_the_error_of_the_columns_that_matter() -> None:
@@ -197,3 +210,76 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
 def test_relative_error_is_rms_over_rms() -> None:
     assert relative_error(np.full((2, 2), 4, np.float32), np.full((2, 2), 3, np.float32)) == 0.25
     assert relative_error(np.zeros((2, 2), np.float32), np.zeros((2, 2), np.float32)) == 0
+
+
+BEST_UNIFORM = {"q2": 0.1188, "q3": 0.03744, "q4m": 0.01154}
+"""The squared error of the best uniform quantiser of 4, 8 and 16 levels for Gaussian values (Max, 1960,
+IRE Transactions on Information Theory 6(1), table II), which has one scale for all of them."""
+
+
+@pytest.mark.parametrize("quant", BEST_UNIFORM)
+def test_scales_of_groups_beat_the_best_single_one_on_gaussian_weights(quant: str) -> None:
+    weights = DISTRIBUTIONS["gaussian"]
+    error = relative_error(weights, quantize(weights, quant).floats()) ** 2
+    assert error < 0.95 * BEST_UNIFORM[quant]
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("quant", ["q3", "q2"])
+def test_byte_scales_are_within_a_tenth_of_a_search_over_all_of_them(name: str, quant: str) -> None:
+    weights = DISTRIBUTIONS[name][:4] * np.float32(0.1)
+    groups = weights.reshape(-1, 32).T.astype(np.float64)
+    low, high = CODE_RANGE[quant]
+    least = np.square(groups).sum(axis=0)
+    for scale in np.unique(byte_scales(np.linspace(-7.5, 7.5, 100_000))).astype(np.float64):
+        if scale:
+            codes = np.clip(np.rint(groups / scale), low, high)
+            least = np.minimum(least, np.square(groups - codes * scale).sum(axis=0))
+    found = group_errors(weights, quantize(weights, quant).floats())
+    assert found.sum() < 1.1 * least.sum()
+    assert np.all(found <= np.square(groups).sum(axis=0) * (1 + 1e-6))
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_a_minimum_lowers_the_error(name: str) -> None:
+    weights = DISTRIBUTIONS[name]
+    plain, line = (relative_error(weights, quantize(weights, quant).floats()) for quant in ("q4", "q4m"))
+    assert line < (0.55 if name == "only positive" else 0.99) * plain
+
+
+@pytest.mark.parametrize("quant", ["q4m", "q3", "q2"])
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 100),
+    exponent=st.integers(-30, 0),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_few_bits_take_every_shape_and_size_of_weights(
+    quant: str, rows: int, columns: int, exponent: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    weights = np.clip(rng.standard_normal((rows, columns)), -3, 3).astype(np.float32)
+    weights *= np.float32(10.0**exponent)
+    codes = quantize(weights, quant)
+    assert codes.fit(quant)
+    low, high = CODE_RANGE[quant]
+    assert codes.values.min() >= low and codes.values.max() <= high
+    error, energy = (np.square(x, dtype=np.float64).sum() for x in (weights - codes.floats(), weights))
+    assert error <= energy * (1 + 1e-5)
+    alone = quantize(weights[-1:], quant)
+    np.testing.assert_array_equal(alone.values, codes.values[-1:])
+
+
+def test_types_hold_no_more_than_they_can() -> None:
+    values = np.array([[3, -4] * 16], np.int8)
+    one, third = (
+        np.ones((1, 1), np.float32),
+        np.full((1, 1), 1 / 3, np.float32).astype(np.float16).astype(np.float32),
+    )
+    assert Codes(values, one).fit("q3") and Codes(values, one).fit("q4") and not Codes(values, one).fit("q2")
+    assert not Codes(values, third).fit("q3")  # more digits than a byte has
+    assert Codes(values, third).fit("q4")
+    assert not Codes(values, one, one).fit("q4") and not Codes(values, one).fit("q4m")
+    assert Codes(values + 4, one, third).fit("q4m")
+    assert not Codes(values + 4, one, np.full((1, 1), np.nan, np.float32)).fit("q4m")

@@ -25,12 +25,15 @@ PAGE: Final = 4096
 # 30 against 25 GB/s on one thread), and a cold file is read in half the time.
 LARGE_PAGE: Final = 2 << 20
 
-SCALE_BYTES: Final = 2  # one f16 per row and group
+SCALE_BYTES: Final = 2  # one f16 per row and group, and another for a minimum
 TILE_BYTES: Final[dict[str, int]] = {
     "f32": ROW_BLOCK * GROUP * 4,
     "f16": ROW_BLOCK * GROUP * 2,
     "q8": ROW_BLOCK * (GROUP + SCALE_BYTES),
+    "q4m": ROW_BLOCK * (GROUP // 2 + 2 * SCALE_BYTES),
     "q4": ROW_BLOCK * (GROUP // 2 + SCALE_BYTES),
+    "q3": ROW_BLOCK * (GROUP * 3 // 8 + 1),  # a scale of one byte
+    "q2": ROW_BLOCK * (GROUP // 4 + 1),
 }
 QUANTS_OF: Final[dict[Role, tuple[str, ...]]] = {
     "matrix": QUANTS,
@@ -50,6 +53,16 @@ LAYOUT_OF: Final[dict[Role, str]] = {
     "vector": "flat",
     "bytes": "flat",
 }
+
+
+def allowed_quants(role: Role, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """What a tensor may be stored as, the most precise first.
+
+    Not q4m where a row ends inside a group: the padding would not be zero, but the minimum.
+    """
+    columns = shape[1:] if role in ("matrix", "expert") else ()
+    whole = all(width % GROUP == 0 for width in columns)
+    return tuple(quant for quant in QUANTS_OF[role] if whole or quant != "q4m")
 
 
 def round_up(count: int, unit: int) -> int:

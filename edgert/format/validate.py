@@ -15,7 +15,7 @@ from edgert.errors import VersionError
 from edgert.format.exits import EXITS_KEY, ExitCalibration, read_exits
 from edgert.format.foreign import plain_safetensors
 from edgert.format.header import FORMAT, FORMAT_VERSION, RESERVED_KEYS, Blob, parse_object, read_header
-from edgert.format.layout import LAYOUT_OF, PAGE, QUANTS_OF, page_padded, stored_bytes
+from edgert.format.layout import LAYOUT_OF, PAGE, allowed_quants, page_padded, stored_bytes
 from edgert.format.rules import Rule, broken, shown
 from edgert.format.sparsity import SPARSITY_KEY, SparsityCalibration, read_sparsity
 from edgert.format.tensors import TOKENIZER, StoredTensor, TensorDecl, iter_declared
@@ -145,8 +145,9 @@ def _table_entry(decl: TensorDecl, entry: object) -> tuple[str, int, str]:
     nbytes, sha256 = values["bytes"], values["sha256"]
     if not _is_ints(shape) or tuple(shape) != decl.shape:
         raise broken(Rule.TABLE_SHAPE, f"{decl.name} of shape {shown(shape)}", str(list(decl.shape)))
-    if quant not in QUANTS_OF[decl.role]:
-        expected = " or ".join(QUANTS_OF[decl.role])
+    allowed = allowed_quants(decl.role, decl.shape)
+    if quant not in allowed:
+        expected = " or ".join(allowed)
         raise broken(Rule.TABLE_QUANT, f"{decl.name} of quantisation {shown(quant)}", expected)
     if layout != LAYOUT_OF[decl.role]:
         raise broken(Rule.TABLE_LAYOUT, f"{decl.name} of layout {shown(layout)}", LAYOUT_OF[decl.role])

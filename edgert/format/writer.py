@@ -28,7 +28,7 @@ from edgert.format.layout import (
     LAYOUT_OF,
     PAGE,
     QUANTIZED,
-    QUANTS_OF,
+    allowed_quants,
     page_padded,
     round_up,
     stored_bytes,
@@ -243,7 +243,7 @@ def _plan(decls: tuple[TensorDecl, ...], quants: Mapping[str, str]) -> list[Stor
     planned = []
     offset = 0
     for decl in decls:
-        allowed = QUANTS_OF[decl.role]
+        allowed = allowed_quants(decl.role, decl.shape)
         quant = quants.get(decl.name, allowed[0])
         if quant not in allowed:
             raise ConversionError(f"found quantisation {quant!r} for {decl.name}, expected one of {allowed}")

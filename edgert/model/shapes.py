@@ -180,11 +180,18 @@ def _fill_matrix(
         return
     period = noise.size // size * size
     view[:] = np.resize(noise[:period], view.size)
-    records[:, -32:].view(np.float16)[:] = spread / _DEVIATION[quant]
+    scale = np.float16(spread / _DEVIATION[quant])
+    if quant in ("q3", "q2"):
+        records[:, -16:] = packing.scale_bytes(packing.byte_scales(np.array([scale])))
+    else:
+        at = 512 if quant == "q8" else 256
+        records[:, at : at + 32].view(np.float16)[:] = scale
+    if quant == "q4m":
+        records[:, 288:].view(np.float16)[:] = -7.5 * scale
 
 
-_DEVIATION = {"q8": 74.0, "q4": 4.6}
-"""Of a uniform byte, and of a uniform nibble."""
+_DEVIATION = {"q8": 74.0, "q4m": 4.6, "q4": 4.6, "q3": 2.3, "q2": 1.1}
+"""Of uniform numbers of 8, 4, 3 and 2 bits."""
 
 
 def _fill_neurons(view: Bytes, quant: Quant, width: int, noise: Bytes) -> None:

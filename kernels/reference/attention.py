@@ -39,7 +39,7 @@ def _one_head_q4(view, q, scale, positions, slots, s, s_at):
     xq, xs = np.zeros(groups * 32, np.int8), np.zeros(groups, np.float32)
     quantize(rotated, 0, groups, xq, xs, np.zeros(groups, np.int32), 0)
     keys = packing.unpack_values("q4", view.keys).astype(np.int32)[slots // 16, :, slots % 16]  # [n, G, 32]
-    scales = packing.unpack_scales(view.keys)[slots // 16, :, slots % 16]  # [n, G]
+    scales = packing.unpack_scales("q4", view.keys)[slots // 16, :, slots % 16]  # [n, G]
     scores = np.zeros(len(slots), np.float32)
     for g in range(groups):
         whole = (keys[:, g] * xq.reshape(groups, 32)[g].astype(np.int32)).sum(axis=1)

@@ -2,7 +2,7 @@
 
 from edgert.kernels import packing
 
-_QUANTS = ("f32", "f16", "q8", "q4")
+_QUANTS = tuple(packing.RECORD_BYTES)
 
 
 def embed(quant, w, w_at, groups, token, y, y_at):

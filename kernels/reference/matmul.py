@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from edgert.kernels import packing
 from edgert.kernels.reference.arithmetic import F32, fma
 
+SMALL = ("q4m", "q3", "q2")
+
 
 def _records(quant: str, w: NDArray[np.uint8], w_at: int, groups: int, first: int, last: int) -> Any:
     size = packing.RECORD_BYTES[quant]
@@ -24,7 +26,8 @@ def _add(y: F32, y_at: int, y_stride: int, first: int, sums: F32) -> None:
 def _quantized(quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride):
     records = _records(quant, w, w_at, groups, first, last)
     weights = packing.unpack_values(quant, records).astype(np.int32)  # [blocks, G, 16, 32]
-    scales = packing.unpack_scales(records)  # [blocks, G, 16]
+    scales = packing.unpack_scales(quant, records)  # [blocks, G, 16]
+    minimums = packing.unpack_minimums(quant, records)  # [blocks, G, 16]
     span = slice(x_at, x_at + rows * groups)
     x = xq.reshape(-1, 32)[span].reshape(rows, groups, 32).astype(np.int32)
     x_scales = xs[span].reshape(rows, groups)
@@ -32,6 +35,9 @@ def _quantized(quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y
     for g in range(groups):
         whole = np.einsum("bnk,tk->tbn", weights[:, g], x[:, g]).astype(np.float32)
         total = fma(whole, scales[None, :, g] * x_scales[:, g, None, None], total)
+        if quant in SMALL:
+            sums = x[:, g].sum(axis=1).astype(np.float32) * x_scales[:, g]
+            total = fma(minimums[None, :, g], sums[:, None, None], total)
     _add(y, y_at, y_stride, first, total.reshape(rows, -1))
 
 
@@ -43,6 +49,13 @@ def matmul_q4(w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_s
 def matmul_q8(w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most=8, ahead=0):
     """See kernels/matmul.py."""
     _quantized("q8", w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride)
+
+
+def matmul_small(
+    quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most=8, ahead=0
+):
+    """See kernels/matmul.py."""
+    _quantized(SMALL[quant], w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride)
 
 
 def _float(quant, w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y_stride):

@@ -7,7 +7,7 @@ from edgert.kernels.neuron_packing import SLICE, NeuronShape
 from edgert.kernels.reference.activation import activate as _activation
 from edgert.kernels.reference.arithmetic import fma
 
-_NAMES = {2: "q8", 3: "q4"}
+_NAMES = tuple(packing.RECORD_BYTES)
 
 
 def _clusters(quant, w, w_at, groups, first, last):
@@ -78,8 +78,7 @@ def add_down(quant, w, w_at, groups, inner, first, last, xq, xs, xn, h_at, f, wo
 
 
 def _pack(quant, values, scales):
-    pack = packing.pack_q4 if quant == 3 else packing.pack_q8
-    return pack(values, scales.astype(np.float16)).reshape(-1)
+    return packing.pack(_NAMES[quant], values, scales.astype(np.float16)).reshape(-1)
 
 
 def block_of_up(quant, w, w_at, groups, block, out, out_at):
