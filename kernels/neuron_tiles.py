@@ -79,39 +79,46 @@ def transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
 # ---- rows of up ------------------------------------------------------------------------------
 
 
-def row_sums(quant: str) -> Any:
-    """row_sums(w, x, xs, xn, f, at, spans, x_at, s_at, sums, scales, ahead)
+ROWS = 4
+"""Rows of up that are multiplied side by side: what is loaded of x serves all of them."""
 
-    The row of up at byte `at` against one row of x: for group g the whole number of its products, as a
-    float, in f[sums + g], and the product of the two scales in f[scales + g]. x: spread int8 (see
-    `neurons.spread`) from x_at; s_at: the group of the row's scales and sums; ahead: a row that is wanted
-    soon.
+
+def row_sums(quant: str) -> Any:
+    """row_sums(w, x, xs, xn, f, a, b, c, d, spans, x_at, s_at, sums, scales, stride, e, g, h, i)
+
+    The rows of up at bytes a, b, c, d against one row of x: for group g of the i-th the whole number of its
+    products, as a float, in f[sums + i * stride + g], and the product of the two scales in
+    f[scales + i * stride + g]. x: spread int8 (see `neurons.spread`) from x_at; s_at: the group of the row's
+    scales and sums; e, g, h, i: four rows that are wanted next.
     """
     size = packing.RECORD_BYTES[quant]
+    dot = simd.dot4_nibbles if quant == "q4" else simd.dot4_bytes
 
     def emit(builder: ir.IRBuilder, args: list[ir.Value]) -> None:
-        w, x, xs, xn, f, at, spans, x_at, s_at, sums, scales, ahead = args
+        w, x, xs, xn, f = args[:5]
+        places, (spans, x_at, s_at, sums, scales, stride), coming = args[5:9], args[9:15], args[15:]
         with cgutils.for_range(builder, spans) as loop:
             span = loop.index
-            record = _at(builder, w, (at, 1), (span, size))
-            tiles.prefetch(builder, _at(builder, w, (ahead, 1), (span, size)), size)
+            for at in coming:
+                tiles.prefetch(builder, _at(builder, w, (at, 1), (span, size)), size)
             values = _at(builder, x, (x_at, 1), (span, 512))
-            group = tiles.load_group(builder, quant, record)
-            registers, row_scales = group.registers, group.scales
+            fours = [simd.load(builder, _past(builder, values, 64 * j), i8x64.llvm) for j in range(8)]
             totals = simd.load(builder, _at(builder, xn, (s_at, 1), (span, 16)), i32x16.llvm)
-            offset = simd.constant(i32x16.llvm, -tiles.weight_offset(quant))
-            # Two chains, as in tiles.py.
-            chains = [builder.mul(totals, offset), simd.constant(i32x16.llvm, 0)]
-            for j, weights in enumerate(registers):
-                four = simd.load(builder, _past(builder, values, 64 * j), i8x64.llvm)
-                dot = simd.dot4_nibbles if quant == "q4" else simd.dot4_bytes
-                chains[j % 2] = dot(builder, chains[j % 2], weights, four)
-            real = builder.sitofp(builder.add(*chains), f32x16.llvm)
+            start = builder.mul(totals, simd.constant(i32x16.llvm, -tiles.weight_offset(quant)))
             scale = simd.load(builder, _at(builder, xs, (s_at, 1), (span, 16)), f32x16.llvm)
-            simd.store(builder, real, _at(builder, f, (sums, 1), (span, 16)))
-            simd.store(builder, builder.fmul(row_scales, scale), _at(builder, f, (scales, 1), (span, 16)))
+            for row, at in enumerate(places):
+                group = tiles.load_group(builder, quant, _at(builder, w, (at, 1), (span, size)))
+                # Two chains, as in tiles.py.
+                chains = [start, simd.constant(i32x16.llvm, 0)]
+                for j, (weights, four) in enumerate(zip(group.registers, fours, strict=True)):
+                    chains[j % 2] = dot(builder, chains[j % 2], weights, four)
+                real = builder.sitofp(builder.add(*chains), f32x16.llvm)
+                out = builder.mul(stride, ir.Constant(_I64, row))
+                simd.store(builder, real, _at(builder, f, (sums, 1), (out, 1), (span, 16)))
+                product = builder.fmul(group.scales, scale)
+                simd.store(builder, product, _at(builder, f, (scales, 1), (out, 1), (span, 16)))
 
-    return _intrinsic(5, emit, 12)
+    return _intrinsic(5, emit, 19)
 
 
 def _emit_chain(builder: ir.IRBuilder, args: list[ir.Value]) -> None:

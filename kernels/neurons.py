@@ -21,8 +21,9 @@ MOST_ROWS = 8
 """Rows up to which single neurons are computed: where 15% fire for one row, 73% do for any of 8 unrelated."""
 BATCH = 16
 """Neurons of a unit of up: one lane each."""
-ROWS_AHEAD = 2
-"""Neurons ahead of the one computed whose row of up is asked for: one takes less time than memory."""
+ROWS_AHEAD = 7
+"""Entries of the list that are read past the last neuron: it is taken in fours, and the next four are asked
+for. What stands there may be any neuron."""
 
 _rows_q4, _rows_q8 = neuron_tiles.row_sums("q4"), neuron_tiles.row_sums("q8")
 _add_q4, _add_q8 = neuron_tiles.add_columns("q4"), neuron_tiles.add_columns("q8")
@@ -98,14 +99,20 @@ def add_up(quant, w, w_at, groups, routes, first, count, x, x_at, xs, xn, s_at, 
     """
     spans, _, scales, up, down = sizes(quant, groups)
     stride, factors = spans * 16, work + spans * 256
-    for i in range(count):
-        at = _neuron(routes[first + i], w_at, scales, up + down)
-        ahead = _neuron(routes[first + i + ROWS_AHEAD], w_at, scales, up + down)
-        sums, products = work + i * stride, factors + i * stride
+    for i in range(0, count, neuron_tiles.ROWS):
+        here, sums, products = first + i, work + i * stride, factors + i * stride
+        a = _neuron(routes[here], w_at, scales, up + down)
+        b = _neuron(routes[here + 1], w_at, scales, up + down)
+        c = _neuron(routes[here + 2], w_at, scales, up + down)
+        d = _neuron(routes[here + 3], w_at, scales, up + down)
+        e = _neuron(routes[here + 4], w_at, scales, up + down)
+        g = _neuron(routes[here + 5], w_at, scales, up + down)
+        h = _neuron(routes[here + 6], w_at, scales, up + down)
+        j = _neuron(routes[here + 7], w_at, scales, up + down)
         if quant == matmul.Q4:
-            _rows_q4(w, x, xs, xn, f, at, spans, x_at, s_at, sums, products, ahead)
+            _rows_q4(w, x, xs, xn, f, a, b, c, d, spans, x_at, s_at, sums, products, stride, e, g, h, j)
         else:
-            _rows_q8(w, x, xs, xn, f, at, spans, x_at, s_at, sums, products, ahead)
+            _rows_q8(w, x, xs, xn, f, a, b, c, d, spans, x_at, s_at, sums, products, stride, e, g, h, j)
     out = factors + spans * 256
     neuron_tiles.chain(f, work, factors, stride, spans, out)
     for i in range(count):
