@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import ModelSpec, Quant, QuantSpec
-from edgert.converters.architectures import Decoder, describe, source_name
+from edgert.converters.architectures import Decoder, describe
 from edgert.converters.exits import EXITS_FILE, Exits, fingerprint, open_exits
 from edgert.converters.hf_config import HfConfig, parse_object, read_bytes, read_object, shown
 from edgert.converters.neurons import Sparsity, with_sparsity
-from edgert.converters.pipeline import ROPE, Calibration, quant_spec, quants_of, write_model
+from edgert.converters.pipeline import Calibration, quant_spec, quants_of, write_model
 from edgert.converters.provenance import provenance
 from edgert.converters.report import ConversionReport, Progress
 from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor, open_folder
@@ -39,15 +39,16 @@ class HfWeights:
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A norm, a bias, or the rotary frequencies."""
-        if name == ROPE:
-            return self._decoder.rope_frequencies
-        factor = np.float32(self._decoder.factor(name))
+        if name in self._decoder.computed:
+            return self._decoder.computed[name]
+        factor, offset = np.float32(self._decoder.factor(name)), np.float32(self._decoder.offset(name))
         values = self._tensors[self._decoder.source_name(name)].vector()
-        return values if factor == 1 else values * factor
+        return values if factor == 1 and not offset else (values + offset) * factor
 
     def stored_as(self, name: str) -> str:
         """safetensors' name of a type, like BF16."""
-        return "" if name == ROPE else self._tensors[self._decoder.source_name(name)].dtype
+        computed = name in self._decoder.computed
+        return "" if computed else self._tensors[self._decoder.source_name(name)].dtype
 
 
 def convert_hf(
@@ -72,7 +73,7 @@ def convert_hf(
     folder, quant = Path(folder), quant_spec(quant)
     decoder, tensors = _open(folder)
     metadata = _metadata(folder)
-    heads = _exits(folder, exits, decoder.spec, tensors)
+    heads = _exits(folder, exits, decoder, tensors)
     if heads is not None:
         decoder = replace(decoder, spec=replace(decoder.spec, exits=heads.layers))
         tensors, metadata = tensors | heads.tensors, metadata | {EXITS_KEY: heads.metadata}
@@ -99,7 +100,7 @@ def describe_folder(folder: str | os.PathLike[str]) -> Description:
     folder = Path(folder)
     decoder, tensors = _open(folder)
     _tokenizer_json(folder)
-    return Description(decoder.spec, fingerprint(tensors[source_name("output_norm")]))
+    return Description(decoder.spec, fingerprint(tensors[decoder.source_name("output_norm")]))
 
 
 def _open(folder: Path) -> tuple[Decoder, dict[str, SourceTensor]]:
@@ -110,29 +111,30 @@ def _open(folder: Path) -> tuple[Decoder, dict[str, SourceTensor]]:
             "check the path or download the model"
         )
     tensors = open_folder(folder)
-    decoder = _decoder(folder, tensors)
-    tensors = decoder.split(tensors)
+    decoder, tensors = _decoder(folder, tensors)
     _check_tensors(decoder, tensors, folder)
     return decoder, tensors
 
 
 def _exits(
-    folder: Path, given: str | os.PathLike[str] | None, spec: ModelSpec, tensors: dict[str, SourceTensor]
+    folder: Path, given: str | os.PathLike[str] | None, decoder: Decoder, tensors: dict[str, SourceTensor]
 ) -> Exits | None:
     path = folder / EXITS_FILE if given is None else Path(given)
     if given is None and not path.is_file():
         return None
-    return open_exits(path, spec, fingerprint(tensors[source_name("output_norm")]))
+    return open_exits(path, decoder.spec, fingerprint(tensors[decoder.source_name("output_norm")]))
 
 
-def _decoder(folder: Path, tensors: dict[str, SourceTensor]) -> Decoder:
+def _decoder(folder: Path, tensors: dict[str, SourceTensor]) -> tuple[Decoder, dict[str, SourceTensor]]:
+    """The decoder of a folder, and its tensors, each of ours by itself."""
     decoder = describe(_config(folder, "config.json"), _config(folder, "generation_config.json"))
-    output = tensors.get(source_name("output"))
-    embedding = tensors.get(source_name("token_embedding"))
+    tensors = decoder.split(tensors)
+    output = tensors.get(decoder.source_name("output"))
+    embedding = tensors.get(decoder.source_name("token_embedding"))
     if decoder.spec.tied_embeddings and output and embedding and not output.same_bytes(embedding):
         # As transformers 5 does: two different matrices in the file outweigh the config's word.
         decoder = replace(decoder, spec=replace(decoder.spec, tied_embeddings=False))
-    return decoder
+    return decoder, tensors
 
 
 def _check_tensors(decoder: Decoder, tensors: dict[str, SourceTensor], folder: Path) -> None:
@@ -140,9 +142,9 @@ def _check_tensors(decoder: Decoder, tensors: dict[str, SourceTensor], folder: P
     spec = decoder.spec
     strangers = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     if spec.tied_embeddings:
-        strangers.discard(source_name("output"))  # a copy of the embedding
+        strangers.discard(decoder.source_name("output"))  # a copy of the embedding
     for decl in iter_declared(spec):
-        if decl.name == ROPE:
+        if decl.name in decoder.computed:
             continue
         parts: list[tuple[str, tuple[int, ...]]] = [(part, (n, k)) for part, n, k in matrices_in(decl)]
         for part, shape in parts or [(decl.name, decl.shape)]:

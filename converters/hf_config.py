@@ -59,6 +59,13 @@ class HfConfig:
         self.values = values
         self.where = where  # opens every message: the file, and the object in it
 
+    def renamed(self, keys: Mapping[str, str], defaults: Mapping[str, Any]) -> "HfConfig":
+        """The same object with more names for some keys, new to old, and values for keys that are absent."""
+        values = dict(defaults)
+        values |= {key: value for key, value in self.values.items() if value is not None or key not in values}
+        values |= {new: self.values[old] for new, old in keys.items() if self.has(old)}
+        return HfConfig(values, self.where)
+
     def has(self, key: str) -> bool:
         """Whether the key is there and not null."""
         return self.values.get(key) is not None

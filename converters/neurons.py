@@ -54,11 +54,12 @@ def with_sparsity(spec: ModelSpec, quant: Quant, sparsity: Sparsity, calibrated:
         raise OptionError(
             f"sparsity is {sparsity!r}; expected one of {', '.join(SPARSITIES)}, or a share of zeros"
         )
-    fits = quant in neuron_packing.QUANTS and not spec.experts and not spec.ffn_bias
+    other = "experts" if spec.experts else "ffn_bias" if spec.ffn_bias else ""
+    if spec.plain_ffn or spec.block != "pre":
+        other = f"the feed-forward of {spec.architecture}"
+    fits = quant in neuron_packing.QUANTS and not other
     if sparsity not in ("auto", "none") and not (zeros and fits):
-        found = (
-            "experts" if spec.experts else "ffn_bias" if spec.ffn_bias else f"{spec.activation} in {quant}"
-        )
+        found = other or f"{spec.activation} in {quant}"
         raise OptionError(
             f"sparsity is {sparsity} for a model with {found}; expected a dense one with "
             f"{' or '.join(SPARSE_ACTIVATIONS)} in {' or '.join(neuron_packing.QUANTS)}"

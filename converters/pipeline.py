@@ -22,7 +22,7 @@ from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.errors import OptionError
 from edgert.format import ErtWriter, StoredTensor, declared
 from edgert.format.layout import QUANTIZED
-from edgert.format.tensors import TOKENIZER, matrices_in
+from edgert.format.tensors import POSITIONS, TOKENIZER, matrices_in
 from edgert.kernels.packing import BLOCK, pack, pack_floats
 from edgert.resident import peak_rss_bytes
 
@@ -115,7 +115,13 @@ def matrices(spec: ModelSpec) -> list[str]:
 
 def quants_of(spec: ModelSpec, quant: QuantSpec) -> dict[str, Quant]:
     """`embedding` for the token embedding, which is the output matrix too when they are tied."""
-    return {name: quant.embedding if name == "token_embedding" else quant.matrices for name in matrices(spec)}
+    return {name: _quant_of(name, quant) for name in matrices(spec)}
+
+
+def _quant_of(name: str, quant: QuantSpec) -> Quant:
+    if name == POSITIONS:  # it is added as it is: a rounding to 8 bits would stay in every layer's input
+        return "f32" if quant.embedding == "f32" else "f16"
+    return quant.embedding if name == "token_embedding" else quant.matrices
 
 
 def write_model(

@@ -50,7 +50,6 @@ def make_rope(parameters: HfConfig, head_dim: int, positions: int) -> Rope:
             f"{parameters.where}: found rope_type {shown(kind)}, expected one of {', '.join(_RULES)}; "
             "convert another version of the model"
         )
-    parameters.refuse_unless("partial_rotary_factor", 1)
     parameters.refuse_unless("mrope_section")
     theta = parameters.number("rope_theta", 10000.0)
     if theta <= 1:
@@ -74,6 +73,8 @@ def make_rope(parameters: HfConfig, head_dim: int, positions: int) -> Rope:
     if kind == "yarn":  # model cards say to add the rule and leave max_position_embeddings alone
         stretched = parameters.integer("original_max_position_embeddings", positions) * _factor(parameters)
         context = max(positions, int(stretched))
+    if kind in ("longrope", "su"):
+        context = parameters.integer("original_max_position_embeddings", positions)
     return Rope(kind, theta, frequencies, magnitude, context)
 
 
@@ -160,10 +161,33 @@ def _yarn_magnitude(parameters: HfConfig, factor: float) -> float:
     return scale(1.0)
 
 
+def _longrope(parameters: HfConfig, wavelengths: Floats, positions: int) -> tuple[Floats, float]:
+    """LongRoPE, arXiv:2402.13753: a factor for each frequency, others beyond the context trained on.
+
+    Which of the two lists serves depends on how many positions a text will have; only the first is here,
+    whose context is `original_max_position_embeddings`.
+    """
+    original = parameters.integer("original_max_position_embeddings", positions, least=2)
+    stretches = parameters.values.get("short_factor")
+    if not (isinstance(stretches, list) and len(stretches) == len(wavelengths)) or not all(
+        type(s) in (int, float) and 0 < s < 1e6 for s in stretches
+    ):
+        raise ConversionError(
+            f"{parameters.where}: found short_factor {shown(stretches)}, expected {len(wavelengths)} "
+            "numbers > 0; download the model's files again"
+        )
+    factor = parameters.number("factor", positions / original)
+    magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    stretched = np.array(stretches, np.float32) * wavelengths
+    return np.float32(1) / stretched, parameters.number("attention_factor", magnitude)
+
+
 _RULES: dict[str, Callable[[HfConfig, Floats, int], tuple[Floats, float]]] = {
     "default": _default,
     "dynamic": _default,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
+    "su": _longrope,  # its first name
 }

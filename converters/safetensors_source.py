@@ -8,7 +8,7 @@ are those of https://github.com/huggingface/safetensors#format.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
@@ -36,9 +36,16 @@ class SourceTensor:
     shape: tuple[int, ...]
     offset: int  # from the start of the file
     nbytes: int
+    transposed: bool = False  # in the file it is [K, N]
+    picked: NDArray[np.int64] | None = field(default=None, compare=False)  # rows, after transposing
 
     def rows(self, slab_rows: int) -> Iterator[NDArray[np.float32]]:
         """A matrix [N, K] as float32 slabs of `slab_rows` rows, the last maybe shorter."""
+        if self.transposed or self.picked is not None:
+            # Read whole: a model whose matrices are stored so has small ones, or is read once per matrix.
+            whole = self.vector().reshape(self.shape)
+            yield from (whole[start : start + slab_rows] for start in range(0, len(whole), slab_rows))
+            return
         rows, columns = self.shape
         row_bytes = columns * ITEM_BYTES[self.dtype]
         for start in range(0, rows, slab_rows):
@@ -52,9 +59,29 @@ class SourceTensor:
         at, nbytes = self.offset + first * row_bytes, rows * row_bytes
         return replace(self, shape=(rows, columns), offset=at, nbytes=nbytes)
 
+    def transpose(self) -> "SourceTensor":
+        """A matrix stored as [K, N] as one of [N, K]."""
+        return replace(self, shape=self.shape[::-1], transposed=True)
+
+    def pick(self, rows: NDArray[np.int64]) -> "SourceTensor":
+        """Some rows of a matrix, or values of a vector, in another order."""
+        rows = rows if self.picked is None else self.picked[rows]
+        return replace(self, shape=(len(rows), *self.shape[1:]), picked=rows)
+
     def vector(self) -> NDArray[np.float32]:
         """The whole tensor, flattened, as float32."""
-        return _to_float32(self._read(0, self.nbytes), self.dtype)
+        if not self.transposed and self.picked is None:
+            return _to_float32(self._read(0, self.nbytes), self.dtype)
+        columns = self.shape[1] if len(self.shape) > 1 else 1
+        if self.transposed:
+            values = _to_float32(self._read(0, self.nbytes), self.dtype).reshape(columns, -1).T
+            return np.ascontiguousarray(values if self.picked is None else values[self.picked]).reshape(-1)
+        # The rows between the first and the last of those picked.
+        picked = self.picked if self.picked is not None else np.arange(self.shape[0])
+        first, last = int(picked.min()), int(picked.max())
+        row_bytes = columns * ITEM_BYTES[self.dtype]
+        raw = self._read(first * row_bytes, (last + 1 - first) * row_bytes)
+        return _to_float32(raw, self.dtype).reshape(-1, columns)[picked - first].reshape(-1)
 
     def same_bytes(self, other: "SourceTensor", piece: int = 1 << 22) -> bool:
         """Whether two tensors are equal bit for bit; reads `piece` bytes at a time."""

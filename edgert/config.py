@@ -14,15 +14,25 @@ QUANTS: tuple[Quant, ...] = ("f32", "f16", "q8", "q4m", "q4", "q3", "q2")
 """The most precise first."""
 KvType = Literal["f16", "q8", "q4"]
 KV_TYPES: tuple[KvType, ...] = ("f16", "q8", "q4")
-Activation = Literal["silu", "relu", "relu2", "gelu_tanh"]
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "relu", "relu2", "gelu_tanh")
+Activation = Literal["silu", "relu", "relu2", "gelu_tanh", "gelu"]
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "relu", "relu2", "gelu_tanh", "gelu")
+Block = Literal["pre", "post", "around", "parallel"]
+BLOCKS: tuple[Block, ...] = ("pre", "post", "around", "parallel")
+"""Where a layer has its norms: before attention and feed-forward, behind each, both, or before both at
+once, which then run side by side. Each has its file in edgert/model/."""
+GLOBAL_ROPE, LOCAL_ROPE, NO_ROPE = range(3)
+"""Which rotary frequencies a layer takes, for ModelSpec.ropes."""
 
 
 _OF_EXPERTS = (
-    *("joint_qk_norm", "experts", "active_experts", "expert_width"),
+    *("experts", "active_experts", "expert_width"),
     *("shared_width", "normalized_routing", "dense_layers"),
 )
-_SPECIAL = ("part", "exits", "neurons", *_OF_EXPERTS)
+_OF_BLOCKS = (
+    *("joint_qk_norm", "block", "shared_norm", "layer_norm", "norm_bias", "plain_ffn", "rotary", "ropes"),
+    *("learned_positions", "alibi", "attention_cap", "logit_cap"),
+)
+_SPECIAL = ("part", "exits", "neurons", *_OF_EXPERTS, *_OF_BLOCKS)
 """Fields of ModelSpec that most files leave out, so that an older edgert still reads those."""
 
 
@@ -58,6 +68,17 @@ class ModelSpec:
     normalized_routing: bool = False  # the weights of a token's experts are divided by their sum
     dense_layers: tuple[int, ...] = ()  # of a model with experts: layers with a feed-forward instead
     neurons: bool = False  # up and down lie neuron by neuron, so that only those that fire are read
+    block: Block = "pre"  # where the norms of a layer are
+    shared_norm: bool = False  # of a parallel block: one norm for attention and feed-forward
+    layer_norm: bool = False  # LayerNorm instead of RMSNorm, but not in q and k
+    norm_bias: bool = False  # biases on all norms but those of q and k
+    plain_ffn: bool = False  # down(act(up(x))), without a gate
+    rotary: int = 0  # dimensions of each head that are rotated, even; 0 for all
+    ropes: tuple[int, ...] = ()  # per layer: GLOBAL_ROPE, LOCAL_ROPE or NO_ROPE; () for all GLOBAL_ROPE
+    learned_positions: bool = False  # a vector for each of `context` positions is added to the embedding
+    alibi: bool = False  # scores lose a slope of their head times the distance
+    attention_cap: float = 0.0  # scores become cap tanh(score / cap); 0: they do not
+    logit_cap: float = 0.0  # the same of the logits
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     part: tuple[int, ...] = ()  # of a split model: the layers [first, last) this file holds; () for all
@@ -65,7 +86,8 @@ class ModelSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; those for special files only where they say something."""
-        return {k: v for k, v in asdict(self).items() if v or k not in _SPECIAL}
+        usual = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in asdict(self).items() if k not in _SPECIAL or v != usual[k]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "ModelSpec":
@@ -75,7 +97,7 @@ class ModelSpec:
         if extra:
             raise ValueError(f"unknown fields {sorted(extra)}")
         given = dict(values)
-        for name in ("windows", "eos_ids", "part", "exits", "dense_layers"):
+        for name in ("windows", "eos_ids", "part", "exits", "dense_layers", "ropes"):
             if name in given:
                 given[name] = tuple(given[name])
         return cls(**given)
@@ -105,19 +127,21 @@ class ModelSpec:
             raise ValueError(f"exits is {self.exits!r}, expected whole numbers from 1 to {self.layers - 1}")
         if list(self.exits) != sorted(set(self.exits)):
             raise ValueError(f"exits is {self.exits!r}, expected ascending numbers")
-        for name in ("norm_eps", "rope_theta", "rope_magnitude"):
+        for name in ("norm_eps", "rope_theta", "rope_magnitude", "attention_cap", "logit_cap"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1e38:
                 raise ValueError(f"{name} is {value!r}, expected a number >= 0")
-        flags = ("tied_embeddings", "qkv_bias", "output_bias", "ffn_bias", "neurons")
-        for name in (*flags, "qk_norm", "joint_qk_norm", "normalized_routing"):
+        flags = ("tied_embeddings", "qkv_bias", "output_bias", "ffn_bias", "shared_norm", "layer_norm")
+        more = ("norm_bias", "plain_ffn", "learned_positions", "alibi", "neurons")
+        for name in (*flags, *more, "qk_norm", "joint_qk_norm", "normalized_routing"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected true or false")
         if self.qk_norm and self.joint_qk_norm:
             raise ValueError("qk_norm and joint_qk_norm are both true, expected at most one")
+        self._check_block()
         self._check_experts()
-        if self.neurons and (self.ffn_bias or self.experts):
-            raise ValueError("neurons is true in a model with experts or ffn_bias, expected false")
+        if self.neurons and (self.ffn_bias or self.experts or self.plain_ffn or self.block != "pre"):
+            raise ValueError("neurons is true in a model with ffn_bias or another block, expected false")
         ids = self.eos_ids if self.bos_id is None else (*self.eos_ids, self.bos_id)
         if any(type(i) is not int or not 0 <= i < self.vocab for i in ids):
             raise ValueError(f"bos_id and eos_ids are {ids}, expected ids below vocab {self.vocab}")
@@ -137,6 +161,34 @@ class ModelSpec:
         """The exits whose heads this file holds: those of its layers."""
         return tuple(k for k in self.exits if self.first_layer < k <= self.last_layer)
 
+    @property
+    def rotated(self) -> int:
+        """Dimensions of a head that a layer with rope rotates."""
+        return self.rotary or self.head_dim
+
+    def rope(self, layer: int) -> int:
+        """GLOBAL_ROPE, LOCAL_ROPE or NO_ROPE."""
+        return self.ropes[layer] if self.ropes else GLOBAL_ROPE
+
+    @property
+    def ropes_used(self) -> tuple[int, ...]:
+        """Which of GLOBAL_ROPE and LOCAL_ROPE some layer takes."""
+        return tuple(rope for rope in (GLOBAL_ROPE, LOCAL_ROPE) if rope in (self.ropes or (GLOBAL_ROPE,)))
+
+    def _check_block(self) -> None:
+        if self.block not in BLOCKS:
+            raise ValueError(f"block is {self.block!r}, expected one of {BLOCKS}")
+        if self.shared_norm and self.block != "parallel":
+            raise ValueError(f"shared_norm is true in a {self.block} block, expected a parallel one")
+        if type(self.rotary) is not int or not 0 <= self.rotary <= self.head_dim or self.rotary % 2:
+            raise ValueError(f"rotary is {self.rotary!r}, expected an even number up to {self.head_dim}")
+        if self.ropes and len(self.ropes) != self.layers:
+            raise ValueError(f"ropes has {len(self.ropes)} entries for {self.layers} layers")
+        if any(type(rope) is not int or not GLOBAL_ROPE <= rope <= NO_ROPE for rope in self.ropes):
+            raise ValueError(f"ropes is {self.ropes!r}, expected {GLOBAL_ROPE} to {NO_ROPE}")
+        if self.exits and (self.layer_norm or self.logit_cap):
+            raise ValueError("exits in a model with LayerNorm or capped logits, expected none")
+
     def _check_experts(self) -> None:
         for name in ("experts", "active_experts", "expert_width", "shared_width"):
             value = getattr(self, name)
@@ -152,6 +204,8 @@ class ModelSpec:
             raise ValueError("expert_width is 0, expected a positive whole number")
         if self.ffn_bias:
             raise ValueError("ffn_bias is true in a model with experts, expected false")
+        if self.plain_ffn or self.block != "pre":
+            raise ValueError("experts in a block without gates or with other norms, expected neither")
         layers = self.dense_layers
         if any(type(i) is not int or not 0 <= i < self.layers for i in layers) or sorted(set(layers)) != [
             *layers

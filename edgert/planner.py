@@ -58,10 +58,12 @@ def require_memory(count: int, what: str) -> None:
 def buffer_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """Memory of the run's buffers: some float rows per token of a chunk, and the logits."""
     inner = (spec.ffn_width if spec.has_dense_layers else 0) + spec.shared_width
-    row = 2 * spec.width + (2 * spec.heads + 2 * spec.kv_heads + 1) * spec.head_dim + 2 * inner
+    width = (2 if spec.block == "pre" else 3) * spec.width
+    row = width + (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim + 2 * inner
+    row += len(spec.ropes_used) * spec.rotated
     row += spec.active_experts * (spec.width + 2 * spec.expert_width + 8) + spec.experts
     row += spec.width if spec.shared_width else 0
-    quantized = spec.width + spec.heads * spec.head_dim + inner
+    quantized = width - spec.width + spec.heads * spec.head_dim + inner
     quantized += spec.active_experts * (spec.width + spec.expert_width)
     logits = MAX_OUTPUTS * (spec.vocab + (2 if spec.held_exits else 1) * spec.width)
     scratch = config.threads * MOST_HEADS * (config.context + spec.head_dim + 48)

@@ -1,12 +1,37 @@
-"""The gated unit of the feed-forward: g[i] <- act(g[i]) * u[i] (Shazeer, "GLU variants", 2020)."""
+"""What is not linear in a model: activations, alone or as a gate, and soft caps.
+
+A gated unit of the feed-forward is g[i] <- act(g[i]) * u[i] (Shazeer, "GLU variants", 2020).
+"""
 
 from edgert.kernels import simd
 from edgert.kernels.elementwise import exp
 from edgert.kernels.jit import jit, kernel
 from edgert.kernels.reference import activation as _twin
 
-SILU, RELU, RELU2, GELU_TANH = 0, 1, 2, 3
+SILU, RELU, RELU2, GELU_TANH, GELU = range(5)
 """Activations as numbers, in the order of `config.ACTIVATIONS`."""
+
+
+_T, _A1, _A2, _A3, _A4, _A5 = _twin.TAIL
+
+
+@jit
+def _tail(x):
+    """P(X > x) for a normal X and x >= 0, within 1e-7 (Abramowitz and Stegun, 7.1.26)."""
+    t = simd.div(simd.splat(1.0), simd.fma(simd.splat(_T), x, simd.splat(1.0)))
+    p = simd.fma(simd.splat(_A5), t, simd.splat(_A4))
+    p = simd.fma(p, t, simd.splat(_A3))
+    p = simd.fma(p, t, simd.splat(_A2))
+    p = simd.fma(p, t, simd.splat(_A1))
+    return simd.mul(simd.mul(p, t), exp(simd.mul(simd.mul(x, x), simd.splat(-0.5))))
+
+
+@jit
+def capped(x, cap):
+    """cap tanh(x / cap) in every lane, within 4e-7 of the cap (Gemma Team, arXiv:2408.00118, section 2)."""
+    u = simd.div(x, cap)
+    tail = simd.div(simd.splat(2.0), simd.add(exp(simd.add(u, u)), simd.splat(1.0)))
+    return simd.mul(cap, simd.sub(simd.splat(1.0), tail))
 
 
 @jit
@@ -22,6 +47,8 @@ def activated(kind, x):
         tail = simd.div(one, simd.add(exp(simd.add(u, u)), one))
         return simd.mul(x, simd.sub(one, tail))
     positive = simd.maximum(x, zero)
+    if kind == GELU:  # x P(X < x) for a normal X, as max(x, 0) - |x| P(X > |x|)
+        return simd.sub(positive, simd.mul(simd.absolute(x), _tail(simd.absolute(x))))
     return simd.mul(positive, positive) if kind == RELU2 else positive
 
 
@@ -31,3 +58,11 @@ def gate(kind, g, g_at, u, u_at, count):
     for i in range(0, count, 16):
         value = activated(kind, simd.load_f32(g, g_at + i))
         simd.store_f32(g, g_at + i, simd.mul(value, simd.load_f32(u, u_at + i)))
+
+
+@kernel(_twin.soft_cap)
+def soft_cap(x, x_at, count, cap):
+    """x[x_at : x_at + count] <- cap tanh(x / cap), `count` a multiple of 16."""
+    limit = simd.splat(cap)
+    for i in range(x_at, x_at + count, 16):
+        simd.store_f32(x, i, capped(simd.load_f32(x, i), limit))

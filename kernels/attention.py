@@ -5,8 +5,9 @@ forwards, nor on where in the cache a token tree's nodes lie: positions below `b
 own slots, position base + j is in slot path[path_at + j].
 
 Order of operations, for every machine: a score is one chain of fma over the dimensions, (for q8
-times the key's scale,) times `scale`; softmax.py; (for q8 each probability times its value's scale;)
-an output is one chain of fma over the positions, divided by the sum.
+times the key's scale,) times `scale`; (soft-capped;) (plus slope * distance, one fma;) softmax.py;
+(for q8 each probability times its value's scale;) an output is one chain of fma over the positions,
+divided by the sum.
 
 A q4 cache holds H k / n and H v / n (hadamard.py, n its block). There the query is rotated to H q and
 quantised as the activations of a matrix product are, a score is such a product with the keys' records,
@@ -16,8 +17,9 @@ and H takes the output back: H (H v / n) = v.
 import numpy as np
 
 from edgert.kernels import matmul, simd, tiles
+from edgert.kernels.activation import capped
 from edgert.kernels.attention_tiles import HEADS, add_values, block_scores
-from edgert.kernels.elementwise import read_f16, read_f32
+from edgert.kernels.elementwise import fma, read_f16, read_f32
 from edgert.kernels.hadamard import hadamard
 from edgert.kernels.jit import jit, kernel
 from edgert.kernels.kv import F16, KEY_RECORD, Q4, Q8, VALUE_RECORD
@@ -62,14 +64,25 @@ def _scores_q4(heads, kv, region, d, first, last, s, s_at, s_stride, xq, xs, xn,
 
 
 @jit
-def _scale_scores(kind, kv, key_scales, scale, begin, end, s, s_at):
-    """Scores times the scales of their keys (q8) and the attention's scale."""
-    factor = simd.splat(scale)
+def _scale_scores(kind, kv, key_scales, scale, cap, begin, end, s, s_at):
+    """Scores times the scales of their keys (q8) and the attention's scale; soft-capped where cap > 0."""
+    factor, limit = simd.splat(scale), simd.splat(cap)
     for slot in range(begin, end, 16):
         score = simd.load_f32(s, s_at + slot)
         if kind == Q8:
             score = simd.mul(score, simd.load_f32(kv, key_scales + slot * 4))
-        simd.store_f32(s, s_at + slot, simd.mul(score, factor))
+        score = simd.mul(score, factor)
+        if cap > np.float32(0.0):
+            score = capped(score, limit)
+        simd.store_f32(s, s_at + slot, score)
+
+
+@jit
+def _add_distances(slope, first, last, s, s_at):
+    """ALiBi: scores plus slope times the key's position behind the query's, 0 or less (Press et al., 2022,
+    arXiv:2108.12409, section 3)."""
+    for position in range(first, last):
+        s[s_at + position] = fma(slope, np.float32(position - last + 1), s[s_at + position])
 
 
 @jit
@@ -121,13 +134,16 @@ def attention(
     xs,
     xn,
     x_at,
+    cap,
+    w,
+    slopes,
 ):
     """1, 2 or 4 query heads q[q_at : +heads * d] over positions first..last-1 of the region at byte `region`.
 
     The scratch array s holds head h's scores from s_at + h * capacity and receives its output at
     y_at + h * width(kind, d), padded with zeros; one more number per head behind the outputs is used. Groups
     x_at.. of xq, xs and xn, ceil(d / 32) per head, are scratch for q4. Rows of a plain sequence pass
-    base = last.
+    base = last. cap: 0 for none; slopes: the byte of w with the heads' ALiBi slopes, -1 for none.
     """
     wide = width(kind, d)
     if kind == Q4:
@@ -153,9 +169,11 @@ def attention(
         block_scores(kind, heads, kv, keys, blocks, d, q, q_at, s, s_at + begin, capacity)
     for h in range(heads):
         row = s_at + h * capacity
-        _scale_scores(kind, kv, key_scales, scale, begin, end, s, row)
+        _scale_scores(kind, kv, key_scales, scale, cap, begin, end, s, row)
         for position in range(max(first, base), last):
             s[row + position] = s[row + path[path_at + position - base]]
+        if slopes >= 0:
+            _add_distances(read_f32(w, slopes + h * 4), first, last, s, row)
     s[y_at : y_at + heads * wide] = np.float32(0.0)
     # The sums of the probabilities wait behind the outputs until the division.
     sums = y_at + heads * wide

@@ -28,14 +28,14 @@ def _execute(
 ):  # fmt: skip
     i = until = job[FIRST]  # what lies before `until` this thread does alone, the others wait for it
     while i < job[LAST]:
-        c, count = code[i], _count(code[i], job)
+        c, count, real, cap = code[i], _count(code[i], job), reals[i, 0], reals[i, 1]
         if c[0] == EXPERTS:
             run_experts(me, c, pool, table, routes, f, xq, xs, xn)
         units, shared = units_of(c, count, routes), threads > 1 and i >= until
         unit = atomics.fetch_add(tickets, i, 1) if shared else 0
         while unit < units:
             run_unit(
-                c, reals[i], unit, count, me, w, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows,
+                c, real, cap, unit, count, me, w, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows,
                 paths, job,
             )  # fmt: skip
             unit = atomics.fetch_add(tickets, i, 1) if shared else unit + 1

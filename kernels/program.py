@@ -1,6 +1,6 @@
 """A forward pass as a table of operations; execute.py executes it.
 
-A program is an int64 array [operations, COLUMNS] and a float32 array [operations] beside it. Every
+A program is an int64 array [operations, COLUMNS] and a float32 array [operations, 2] beside it. Every
 operation is cut into units; threads take units from an atomic counter, so that a slow core takes
 fewer, and meet at a barrier where the next operation needs all of them. Each unit computes its
 outputs whole and in a fixed order, so results depend neither on threads nor on who took what.
@@ -42,9 +42,12 @@ TOKENS, OUTPUTS, CHOSEN, FORESEEN = range(4)
 all tokens where the next layer's experts are to be predicted, else none."""
 
 FIELDS = {
-    EMBED: ("quant", "w_at", "groups", "y", "y_stride"),
+    EMBED: ("quant", "w_at", "groups", "word", "y", "y_stride", "sum", "sum_stride"),
     ROPE_TABLE: ("frequencies", "half", "table"),
-    NORM: ("x", "x_stride", "width", "gain", "y", "y_stride", "groups", "xq"),
+    NORM: (
+        *("x", "x_stride", "width", "gain", "y", "y_stride", "groups", "xq"),
+        *("bias", "centred", "sum", "sum_stride"),
+    ),
     MATMUL: (
         "quant",
         "w_at",
@@ -63,11 +66,11 @@ FIELDS = {
     ),
     HEADS: (
         *("q", "q_stride", "k", "k_stride", "v", "v_stride", "q_gain", "k_gain", "heads", "kv_heads", "d"),
-        *("table", "kind", "region", "region_bytes", "capacity", "scratch", "scratch_stride"),
+        *("rotary", "table", "kind", "region", "region_bytes", "capacity", "scratch", "scratch_stride"),
     ),
     ATTEND: (
         *("q", "q_stride", "heads", "kv_heads", "d", "kind", "region", "region_bytes", "capacity"),
-        *("window", "y", "y_stride", "scratch", "scratch_stride", "queries"),
+        *("window", "y", "y_stride", "scratch", "scratch_stride", "queries", "slopes"),
     ),
     QUANTIZE: ("x", "x_stride", "groups", "xq"),
     GATE: ("kind", "g", "u", "stride", "groups", "xq"),
@@ -105,15 +108,18 @@ FIELDS = {
 }
 """Operands of each operation, in the order of its columns from 3 on, which its function unpacks.
 
-    EMBED       y[t] = W[token t]
+    EMBED       y[t] = W[token t], or of another of the row's words; added to sum[t] where sum >= 0
     ROPE_TABLE  table[t] = cos and sin of position t                  (real: magnitude)
-    NORM        y[t] = rmsnorm(x[t]); quantised too where groups > 0  (real: eps)
+    NORM        y[t] = rmsnorm(x[t]), or, centred, layernorm (+ bias); quantised too where groups > 0;
+                added to sum[t] where sum >= 0                        (real: eps)
     MATMUL      y[t] = W x[t] (+ bias); added to y where keep; reads xq for q8 and q4, else x
                 (`unit` blocks at a time; `most` and `ahead` as in matmul.py)
-    HEADS       q and k heads: norm where gain >= 0, rotate; k and v into the cache
-    ATTEND      y[t] = attention of every head                        (real: scale)
+    HEADS       q and k heads: norm where gain >= 0, rotate the first `rotary` dimensions; k and v into
+                the cache                                             (real: eps)
+    ATTEND      y[t] = attention of every head                        (real: scale; cap: of the scores, or 0)
     QUANTIZE    xq[t] = int8 of x[t]
-    GATE        g[t] = act(g[t]) * u[t]; quantised too where xq >= 0
+    GATE        g[t] = act(g[t]) * u[t], or act(g[t]) where u < 0, or soft-capped; quantised too where
+                xq >= 0                                               (cap: of a soft cap, else 0)
     ROUTE       the experts of row t and their weights (routing.py)
     SPARE       other choices for the sake of fewer reads, of at most `rows` rows (sparing.py)
     GROUP       the entries of every expert; one unit

@@ -4,7 +4,7 @@ import numpy as np
 
 from edgert.kernels import atomics, matmul, neurons
 from edgert.kernels import kv as kv_cache
-from edgert.kernels.activation import gate
+from edgert.kernels.activation import gate, soft_cap
 from edgert.kernels.attention import MOST_HEADS, attention, width
 from edgert.kernels.elementwise import read_f32
 from edgert.kernels.embedding import embed
@@ -39,7 +39,6 @@ from edgert.kernels.program import (
     SEQUENCE,
     SLOT,
     SPARE,
-    TOKEN,
     WHOLE,
 )
 from edgert.kernels.quantize import quantize
@@ -47,15 +46,24 @@ from edgert.kernels.requests import DROPPED, SWAPPED
 from edgert.kernels.rmsnorm import rmsnorm
 from edgert.kernels.rope import rope_table, rotate
 from edgert.kernels.routing import combine, group, route
+from edgert.kernels.row_sums import add, center
 from edgert.kernels.sparing import spare
 
 
 @jit
 def _norm(c, real, t, source, w, f, xq, xs, xn):
-    x, x_stride, width, gain, y, y_stride, groups, at = c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10]
-    rmsnorm(f, x + source * x_stride, width, real, w, gain, f, y + t * y_stride)
+    width, gain, groups, at, bias, centred, total = c[5], c[6], c[9], c[10], c[11], c[12], c[13]
+    x, y = c[3] + source * c[4], c[7] + t * c[8]
+    if centred:
+        center(f, x, width, f, y)
+        x = y
+    rmsnorm(f, x, width, real, w, gain, f, y)
+    if bias >= 0:
+        add(w, bias, width, f, y)
+    if total >= 0:
+        add(f, y, width, f, total + t * c[14])
     if groups > 0:
-        quantize(f, y + t * y_stride, groups, xq, xs, xn, at + t * groups)
+        quantize(f, y, groups, xq, xs, xn, at + t * groups)
 
 
 @jit
@@ -92,8 +100,8 @@ def _norm_head(f, at, d, eps, w, gain, scratch):
 @jit
 def _head(c, eps, unit, rows, me, w, f, kv):
     q, q_stride, k, k_stride, v, v_stride, q_gain, k_gain = c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10]
-    heads, kv_heads, d, table, kind, region = c[11], c[12], c[13], c[14], c[15], c[16]
-    region_bytes, capacity, scratch = c[17], c[18], c[19] + me * c[20]
+    heads, kv_heads, d, rotary, table, kind, region = c[11], c[12], c[13], c[14], c[15], c[16], c[17]
+    region_bytes, capacity, scratch = c[18], c[19], c[20] + me * c[21]
     t, h = unit // (heads + kv_heads), unit % (heads + kv_heads)
     if h < heads:
         at, gain = q + t * q_stride + h * d, q_gain
@@ -101,7 +109,7 @@ def _head(c, eps, unit, rows, me, w, f, kv):
         at, gain = k + t * k_stride + (h - heads) * d, k_gain
     if gain >= 0:
         _norm_head(f, at, d, eps, w, gain, scratch)
-    rotate(f, at, d // 2, f, table + t * d)
+    rotate(f, at, rotary // 2, f, table + t * rotary)
     if h >= heads:
         value = v + t * v_stride + (h - heads) * d
         here, slot = rows[SEQUENCE, t] + region + (h - heads) * region_bytes, rows[SLOT, t]
@@ -120,7 +128,7 @@ def _pieces(group):
 
 
 @jit
-def _attend(c, scale, unit, rows, paths, me, f, xq, xs, xn, kv):
+def _attend(c, scale, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv):
     q, q_stride, heads, kv_heads, d, kind = c[3], c[4], c[5], c[6], c[7], c[8]
     region, region_bytes, capacity, window, y, y_stride = c[9], c[10], c[11], c[12], c[13], c[14]
     scratch = c[15] + me * c[16]
@@ -137,6 +145,7 @@ def _attend(c, scale, unit, rows, paths, me, f, xq, xs, xn, kv):
     here, head = rows[SEQUENCE, t] + region + shared * region_bytes, shared * group + start
     at, out = q + t * q_stride + head * d, scratch + MOST_HEADS * capacity
     direct, queries = rows[DIRECT, t], c[17] + me * MOST_HEADS * ((d + 31) // 32)
+    slopes = c[18] + head * 4 if c[18] >= 0 else -1
     attention(
         kind,
         count,
@@ -159,6 +168,9 @@ def _attend(c, scale, unit, rows, paths, me, f, xq, xs, xn, kv):
         xs,
         xn,
         queries,
+        cap,
+        w,
+        slopes,
     )
     wide = width(kind, d)
     for h in range(count):
@@ -167,13 +179,18 @@ def _attend(c, scale, unit, rows, paths, me, f, xq, xs, xn, kv):
 
 
 @jit
-def _gate(c, unit, f, xq, xs, xn):
+def _gate(c, cap, unit, f, xq, xs, xn):
     kind, g, u, stride, groups, at = c[3], c[4], c[5], c[6], c[7], c[8]
     pieces = (groups + GATE_GROUPS - 1) // GATE_GROUPS
     t, first = unit // pieces, unit % pieces * GATE_GROUPS
     count = min(GATE_GROUPS, groups - first)
     here = t * stride + first * 32
-    gate(kind, f, g + here, f, u + here, count * 32)
+    if cap > np.float32(0.0):
+        soft_cap(f, g + here, count * 32, cap)
+    elif u < 0:
+        neurons.activate(kind, np.float32(0.0), f, g + here, count * 32)
+    else:
+        gate(kind, f, g + here, f, u + here, count * 32)
     if at >= 0:
         quantize(f, g + here, count, xq, xs, xn, at + t * groups + first)
 
@@ -281,16 +298,16 @@ def units_of(c, count, routes):
 
 @jit
 def run_unit(
-    c, real, unit, count, me, w, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows, paths, job
+    c, real, cap, unit, count, me, w, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows, paths, job
 ):
     """Compute unit `unit` of an operation of `count` rows."""
     op = c[0]
     if op == MATMUL:
         _matmul(c, unit, count, w, f, xq, xs, xn)
     elif op == ATTEND:
-        _attend(c, real, unit, rows, paths, me, f, xq, xs, xn, kv)
+        _attend(c, real, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv)
     elif op == GATE:
-        _gate(c, unit, f, xq, xs, xn)
+        _gate(c, cap, unit, f, xq, xs, xn)
     elif op == NEURONS_UP:
         neurons.run_up(c, unit, count, me, w, f, xq, xs, xn, routes, spare, spare_view)
     elif op == NEURONS_DOWN:
@@ -320,4 +337,7 @@ def run_unit(
     elif op == ROPE_TABLE:
         rope_table(rows[POSITION, unit], w, c[3], c[4], real, f, c[5] + unit * c[4] * 2)
     else:
-        embed(c[3], w, c[4], c[5], rows[TOKEN, unit], f, c[6] + unit * c[7])
+        at = c[7] + unit * c[8]
+        embed(c[3], w, c[4], c[5], rows[c[6], unit], f, at)
+        if c[9] >= 0:
+            add(f, at, c[5] * 32, f, c[9] + unit * c[10])

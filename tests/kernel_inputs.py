@@ -204,9 +204,9 @@ def tiny_weights(spec: ModelSpec, quant_of: Callable[[str], str], label: object 
 
 def _tensor_bytes(spec: ModelSpec, tensor: StoredTensor, label: object) -> U8:
     random = uniform((label, tensor.name), *tensor.shape)
-    if tensor.name == "rope_frequencies":
+    if tensor.name.endswith("rope_frequencies"):
         # Powers of two, not of theta: exact on every machine, and quick at the front as they should be.
-        half = spec.head_dim // 2
+        half = spec.rotated // 2
         return np.array([2.0 ** -(i * 13 // half) for i in range(half)], np.float32).view(np.uint8)
     if tensor.role == "vector":
         if tensor.name.endswith("_bias"):

@@ -158,7 +158,7 @@ def test_ends_of_text_come_from_both_files_without_repeats() -> None:
 @pytest.mark.parametrize(
     ("model_type", "config"),
     [
-        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"hidden_act": "quick_gelu"}),
         ("llama", {"pretraining_tp": 2}),
         ("llama", {"attn_logit_softcapping": 50.0}),
         ("llama", {"partial_rotary_factor": 0.5}),
@@ -182,6 +182,31 @@ def test_ends_of_text_come_from_both_files_without_repeats() -> None:
         ("olmoe", {"sliding_window": 8}),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8}),
         ("qwen3_moe", {"layer_types": ["full_attention"]}),
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}),
+        ("gemma", {"final_logit_softcapping": 30.0}),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 4}),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}),
+        ("gemma3_text", {"use_bidirectional_attention": True}),
+        ("gemma3_text", {"architectures": ["Gemma3ForConditionalGeneration"]}),
+        ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3SmallForCausalLM"}}),
+        ("phi3", {"attention_bias": True}),
+        ("granite", {"sliding_window": 8}),
+        ("olmo2", {"layer_types": ["full_attention"] * 4}),
+        ("glm4", {"sliding_window": 8}),
+        ("exaone4", {"sliding_window": 8, "sliding_window_pattern": "LLG"}),
+        ("ministral", {"layer_types": ["linear_attention"] * 4}),
+        ("starcoder2", {"layer_types": ["full_attention"] * 4}),
+        ("stablelm", {"qk_layernorm": True}),
+        ("cohere", {"use_qk_norm": True}),
+        ("gpt2", {"n_positions": 64, "scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"n_positions": 64, "scale_attn_weights": False}),
+        ("gpt2", {"n_positions": 64, "add_cross_attention": True}),
+        ("opt", {"do_layer_norm_before": False}),
+        ("opt", {"word_embed_proj_dim": 8}),
+        ("opt", {"enable_bias": False}),
+        ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}),
+        ("falcon", {"num_ln_in_parallel_attn": 2}),
+        ("falcon", {"architectures": ["RWForCausalLM"]}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value), "moe"),
 )
@@ -189,6 +214,11 @@ def test_what_changes_the_arithmetic_is_refused_not_ignored(model_type: str, con
     with pytest.raises(UnsupportedError, match=r"found .*expected") as caught:
         spec_of(model_type, **config)
     assert "\n" not in str(caught.value)
+
+
+def test_code_that_transformers_has_too_is_no_obstacle() -> None:
+    code = {"AutoModelForCausalLM": "microsoft/Phi-3--modeling_phi3.Phi3ForCausalLM"}
+    assert spec_of("phi3", architectures=["Phi3ForCausalLM"], auto_map=code).architecture == "phi3"
 
 
 def test_fields_that_change_nothing_are_accepted() -> None:

@@ -118,7 +118,7 @@ FAILURES: dict[str, tuple[Callable[[Path], Any], type[EdgertError], str]] = {
     "unknown architecture": (
         edit("config.json", model_type="gemma3"),
         UnsupportedError,
-        "found model_type 'gemma3', expected one of llama, mistral, qwen2, qwen3",
+        "found model_type 'gemma3', expected one of llama, mistral, ministral, qwen2, qwen3",
     ),
     "cut config": (rewrite("config.json", lambda d: d[:40]), ConversionError, "found damaged JSON"),
     "config of another kind": (

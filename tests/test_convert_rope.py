@@ -1,5 +1,6 @@
 """Rotary frequencies: literals computed with transformers' ROPE_INIT_FUNCTIONS, and refusals."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,21 @@ def test_yarn_stretches_the_context_by_its_factor() -> None:
     assert rope(YARN | {"original_max_position_embeddings": 8192}).context == 32768
 
 
-@pytest.mark.parametrize("kind", ["longrope", "su", "mrope", "proportional"])
+LONG = {"long_factor": [4.0] * 8, "original_max_position_embeddings": 4096, "short_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su"])
+def test_longrope_is_that_of_its_first_context(kind: str) -> None:
+    plain, long = rope({}), rope(LONG | {"rope_type": kind})
+    np.testing.assert_allclose(long.frequencies, plain.frequencies / 2, rtol=1e-6)
+    assert long.context == 4096
+    assert long.magnitude == pytest.approx(math.sqrt(1 + math.log(8) / math.log(4096)))
+    for wrong in (None, [1.0], [0.0] * 8, ["1"] * 8):
+        with pytest.raises(ConversionError, match="found short_factor"):
+            rope(LONG | {"rope_type": kind, "short_factor": wrong})
+
+
+@pytest.mark.parametrize("kind", ["mrope", "proportional"])
 def test_an_unknown_rule_is_refused_with_those_supported(kind: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"found rope_type '{kind}', expected one of default, .*yarn"):
         rope({"rope_type": kind, "factor": 2.0})
@@ -145,10 +160,9 @@ def test_impossible_parameters_are_refused(parameters: dict[str, Any], message: 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("extra", [{"partial_rotary_factor": 0.5}, {"mrope_section": [16, 24, 24]}])
-def test_parts_of_a_head_left_unturned_are_refused(extra: dict[str, Any]) -> None:
+def test_parts_of_a_head_turned_by_other_positions_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="does not compute"):
-        rope(PLAIN | extra)
+        rope(PLAIN | {"mrope_section": [16, 24, 24]})
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])

@@ -13,6 +13,7 @@ import pytest
 
 import edgert
 from edgert.config import Quant
+from edgert.converters.gguf.architectures import ARCHITECTURES
 from edgert.converters.gguf.reader import open_gguf
 from edgert.converters.quantize import Codes
 from edgert.errors import ConversionError, EdgertError, NotAModelError, OptionError, UnsupportedError
@@ -41,10 +42,11 @@ NOT_IN_GGUF = {
     "granitemoe_tied",
     "granitemoe_untied",
 }
+IN_GGUF = {known.dense for known in ARCHITECTURES.values()} | {"mistral"}
 NAMES = [
     name
     for name, config in tiny_models.CONFIGS.items()
-    if name not in NOT_IN_GGUF and "num_experts_per_tok" not in config
+    if name not in NOT_IN_GGUF and config["model_type"] in IN_GGUF
 ]
 
 

@@ -317,6 +317,7 @@ def attention_cases(draw: st.DrawFn, kind: int, calm: bool = False) -> dict[str,
     wide, groups = width(kind, d), -(-d // 32)
     s = np.full(s_at + heads * (capacity + wide) + 12, STALE)
     x_at = draw(st.integers(0, 2))
+    slopes = inputs.uniform((seed, "slopes"), 6)
     return {
         "kind": kind,
         "heads": heads,
@@ -339,6 +340,9 @@ def attention_cases(draw: st.DrawFn, kind: int, calm: bool = False) -> dict[str,
         "xs": np.zeros(x_at + heads * groups, np.float32),
         "xn": np.zeros(x_at + heads * groups, np.int32),
         "x_at": x_at,
+        "cap": np.float32(draw(st.sampled_from([0.0, 0.0, 5.0]))),
+        "w": slopes.view(np.uint8),
+        "slopes": draw(st.sampled_from([-1, -1, 8])),
     }
 
 
@@ -354,6 +358,11 @@ def outputs_of(case: dict[str, Any]) -> inputs.F32:
     out = case["s"][case["out_at"] :][: heads * width(case["kind"], d)].reshape(heads, -1)
     assert not out[:, d:].any()
     return out[:, :d].copy()
+
+
+def own_slope(case: dict[str, Any], head: int) -> int:
+    """The byte of one head's slope."""
+    return int(case["slopes"] + 4 * head if case["slopes"] >= 0 else -1)
 
 
 def untouched(case: dict[str, Any]) -> inputs.F32:
@@ -439,6 +448,11 @@ def test_attention_is_close_to_exact(kind: int, data: st.DataObject) -> None:
     for head, found in enumerate(outputs_of(case)):
         q = h @ case["q"][case["q_at"] + head * d :][:d].astype(np.float64)
         scores = np.array([math.fsum(q * key) * float(case["scale"]) for key in keys])
+        if case["cap"]:
+            scores = case["cap"] * np.tanh(scores / case["cap"])
+        if case["slopes"] >= 0:
+            slope = float(case["w"].view(np.float32)[case["slopes"] // 4 + head])
+            scores = scores - slope * np.arange(len(slots) - 1, -1, -1)
         weights = np.exp(scores - scores.max())
         expected = h @ (weights @ values / weights.sum())
         slack = 2e-5
@@ -457,7 +471,8 @@ def test_heads_do_not_depend_on_those_beside_them(kind: int, data: st.DataObject
     alone = dict(case, heads=1, s=case["s"].copy())
     attention.attention(*case.values())
     for h, together in enumerate(outputs_of(case)):
-        attention.attention(*dict(alone, q_at=case["q_at"] + h * case["d"]).values())
+        mine = {"q_at": case["q_at"] + h * case["d"], "slopes": own_slope(case, h)}
+        attention.attention(*dict(alone, **mine).values())
         inputs.same(outputs_of(alone)[0], together)
 
 

@@ -1,7 +1,6 @@
-"""Kernels over single rows: norm, quantisation, embedding, gated units, the k largest."""
+"""Kernels over single rows: norm, sums, quantisation, embedding, the k largest."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgert.config import ACTIVATIONS
-from edgert.kernels import activation, embedding, quantize, rmsnorm, topk
-from edgert.kernels.reference import activation as activation_twin
+from edgert.kernels import embedding, quantize, rmsnorm, row_sums, topk
 from edgert.kernels.reference import embedding as embedding_twin
 from edgert.kernels.reference import quantize as quantize_twin
 from edgert.kernels.reference import rmsnorm as rmsnorm_twin
+from edgert.kernels.reference import row_sums as row_sums_twin
 from edgert.kernels.reference import topk as topk_twin
 from tests import kernel_inputs as inputs
 
@@ -174,75 +172,66 @@ def test_an_embedding_is_the_stored_row(quant: str, case: Any) -> None:
     inputs.same(y[y_at + groups * 32 :], before[y_at + groups * 32 :])
 
 
-# ---- gate ------------------------------------------------------------------------------------
-
-# Below where x**2 (relu2) and x**3 (gelu) times u overflow.
-LARGEST_GATE = {"silu": 1e18, "relu": 1e18, "relu2": 1e12, "gelu_tanh": 1e11}
+# ---- row_sums --------------------------------------------------------------------------------
 
 
-def gate_case(name: str, seed: int, flavour: str, vectors: int, g_at: int, u_at: int) -> list[Any]:
-    g = inputs.floats((seed, "g"), flavour, g_at + vectors * 16 + 5, large=LARGEST_GATE[name])
-    u = inputs.floats((seed, "u"), flavour, u_at + vectors * 16 + 5, large=1e12)
-    g[g_at : g_at + 16 : 3] *= np.float32(10)  # where exp and tanh bend
-    return [ACTIVATIONS.index(name), g, g_at, u, u_at, vectors * 16]
+def center_case(seed: int, flavour: str, width: int, at: int) -> list[Any]:
+    vectors = -(-width // 16) * 16
+    x = inputs.floats((seed, "x"), flavour, at + vectors + 3, large=1e17)
+    x[at + width : at + vectors] = 0
+    return [x, at, width, inputs.floats((seed, "y"), "plain", vectors + at + 5), at + 1]
 
 
-gate_cases = st.tuples(inputs.seeds, inputs.flavours, st.integers(1, 5), offsets, offsets)
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
-
-
-def gelu_tanh(x: float) -> float:
-    return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-EXACT: dict[str, Callable[[float], float]] = {
-    "silu": lambda x: x * sigmoid(x),
-    "relu": lambda x: max(x, 0.0),
-    "relu2": lambda x: max(x, 0.0) ** 2,
-    "gelu_tanh": gelu_tanh,
-}
+center_cases = st.builds(center_case, inputs.seeds, inputs.flavours, st.integers(1, 300), offsets)
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("name", ACTIVATIONS)
 @inputs.some
-@given(case=gate_cases)
-def test_compiled_gates_equal_their_twins(name: str, case: Any) -> None:
-    inputs.agree(activation.gate, activation_twin.gate, *gate_case(name, *case))
+@given(center_cases)
+def test_compiled_centring_equals_its_twin(case: list[Any]) -> None:
+    inputs.agree(row_sums.center, row_sums_twin.center, *case)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
 @inputs.some
-@given(case=gate_cases)
-def test_gates_are_close_to_exact(name: str, case: Any) -> None:
-    """A relative 2e-6; for gelu 4e-7 of x * u, because 1 - 1/(e + 1) cancels for negative x.
-
-    And the smallest number times u, where act(x) is subnormal.
-    """
-    arguments = gate_case(name, *case)
-    _, g, g_at, u, u_at, count = arguments
-    before = g.copy()
-    activation.gate(*arguments)
-    for i in range(count):
-        x, other = float(before[g_at + i]), float(u[u_at + i])
-        expected = EXACT[name](x) * other
-        slack = 4e-7 * abs(x * other) if name == "gelu_tanh" else 2e-6 * abs(expected)
-        # exp is clamped at 88: silu of less is 0 to all purposes, but not exactly.
-        tail = abs(x * other) * 1e-38 if name == "silu" else 0.0
-        assert abs(float(g[g_at + i]) - expected) <= slack + tail + abs(other) * 2.0**-149 + 1e-38
-    before[g_at : g_at + count] = g[g_at : g_at + count]
-    inputs.same(g, before)
+@given(center_cases)
+def test_centring_takes_the_mean_away(case: list[Any]) -> None:
+    """Within 1e-6 of the largest value; padding becomes zero and the rest stays as it was."""
+    x, at, width, y, y_at = case
+    before = y.copy()
+    row_sums.center(*case)
+    row = x[at : at + width].astype(np.float64)
+    slack = 1e-6 * np.abs(row).max() + 1e-44
+    np.testing.assert_allclose(y[y_at : y_at + width], row - math.fsum(row) / width, rtol=0, atol=slack)
+    end = y_at + -(-width // 16) * 16
+    assert not y[y_at + width : end].any()
+    before[y_at:end] = y[y_at:end]
+    inputs.same(y, before)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_a_gate_of_zero_is_zero(name: str) -> None:
-    """What keeps the padding of a row zero."""
-    g, u = np.zeros(16, np.float32), np.full(16, -3, np.float32)
-    activation.gate(ACTIVATIONS.index(name), g, 0, u, 0, 16)
-    assert not g.any()
+@pytest.mark.compiled
+@pytest.mark.parametrize("of_bytes", [False, True])
+@inputs.some
+@given(case=center_cases)
+def test_compiled_sums_equal_their_twins(of_bytes: bool, case: list[Any]) -> None:
+    x, at, width, y, y_at = case
+    inputs.agree(row_sums.add, row_sums_twin.add, *_addend(of_bytes, x, at), width, y, y_at)
+
+
+@pytest.mark.parametrize("of_bytes", [False, True])
+@inputs.few
+@given(case=center_cases)
+def test_a_row_is_added_to_another(of_bytes: bool, case: list[Any]) -> None:
+    x, at, width, y, y_at = case
+    before = y.copy()
+    row_sums.add(*_addend(of_bytes, x, at), width, y, y_at)
+    end = -(-width // 16) * 16
+    exact = x[at : at + end].astype(np.float64) + before[y_at : y_at + end]
+    before[y_at : y_at + end] = exact.astype(np.float32)
+    np.testing.assert_array_equal(y, before)
+
+
+def _addend(of_bytes: bool, x: Any, at: int) -> tuple[Any, int]:
+    return (x.view(np.uint8), at * 4) if of_bytes else (x, at)
 
 
 # ---- topk ------------------------------------------------------------------------------------

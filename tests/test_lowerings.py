@@ -33,6 +33,7 @@ from edgert.kernels import (
     rmsnorm,
     rope,
     routing,
+    row_sums,
     softmax,
     target,
     topk,
@@ -40,7 +41,13 @@ from edgert.kernels import (
 from edgert.kernels.reference.matmul import SMALL
 from edgert.model.forward import Forward
 from tests import kernel_inputs as inputs
-from tests import test_kernel_matmul, test_kernel_neurons, test_kernel_routing, test_kernel_rows
+from tests import (
+    test_kernel_activation,
+    test_kernel_matmul,
+    test_kernel_neurons,
+    test_kernel_routing,
+    test_kernel_rows,
+)
 
 GOLDEN = {
     "matmul f32": "992e212db5550405",
@@ -69,10 +76,15 @@ GOLDEN = {
     "decode q8": "26fa14c59c6ab0a4",
     "decode q4": "e9a0f91b6d16a59b",
     "decode experts": "e9849aec51a407d1",
+    "activation": "43e25a2aea94b4e4",
+    "attention alibi": "1a13c016d89cf13b",
+    "attention capped": "248b461c4ad333b8",
+    "decode blocks": "569f124588d5ff85",
+    "row_sums": "9b652e8e6e055b49",
 }
 """The first 16 hexadecimal digits of the SHA-256 of each part's results."""
 
-PROGRAM = ("decode f16", "decode q8", "decode q4", "decode experts")
+PROGRAM = ("decode f16", "decode q8", "decode q4", "decode experts", "decode blocks")
 """The parts that need the whole program compiled."""
 
 # ---- what is hashed --------------------------------------------------------------------------
@@ -138,11 +150,31 @@ def ropes() -> Iterator[Any]:
 
 
 def gates() -> Iterator[Any]:
-    for name in ACTIVATIONS:
+    for name in ("silu", "relu", "relu2", "gelu_tanh"):
         for seed, flavour in enumerate(inputs.FLAVOURS):
-            case = test_kernel_rows.gate_case(name, seed, flavour, 9, 1, 2)
+            case = test_kernel_activation.gate_case(name, seed, flavour, 9, 1, 2)
             activation.gate(*case)
             yield case[1]
+
+
+def activations() -> Iterator[Any]:
+    for seed, flavour in enumerate(inputs.FLAVOURS):
+        for name in ACTIVATIONS:
+            kind, x, at, *_ = test_kernel_activation.gate_case(name, seed, flavour, 9, 1, 2)
+            neurons.activate(kind, np.float32(0), x, at, 9 * 16)
+            yield x
+        case = test_kernel_activation.cap_case(seed, flavour, 9, 1, 30.0)
+        activation.soft_cap(*case)
+        yield case[0]
+
+
+def sums() -> Iterator[Any]:
+    for seed, flavour in enumerate(inputs.FLAVOURS):
+        for width in (7, 64, 200):
+            case = test_kernel_rows.center_case(seed, flavour, width, 3)
+            row_sums.center(*case)
+            row_sums.add(*case)
+            yield case[3]
 
 
 def softmaxes() -> Iterator[Any]:
@@ -171,9 +203,10 @@ def routings() -> Iterator[Any]:
         yield case[0]
 
 
-def attentions(kind: int) -> Iterator[Any]:
+def attentions(kind: int, cap: float = 0.0, slopes: int = -1) -> Iterator[Any]:
     capacity = 96
     path = np.arange(40, 72, 2, dtype=np.int64)
+    w = inputs.uniform("slopes", 4).view(np.uint8)
     for seed, (flavour, d) in enumerate([("plain", 24), ("outlier", 64), ("mixed", 2), ("sparse", 6)]):
         cache = np.zeros(kv.region_bytes(kind, capacity, d), np.uint8)
         store = (kv.store_f16, kv.store_q8, kv.store_q4)[kind]
@@ -189,7 +222,7 @@ def attentions(kind: int) -> Iterator[Any]:
             q = inputs.floats((seed, "q"), flavour, heads * d, large=100)
             scale, y_at = np.float32(d**-0.5), heads * capacity
             place = (cache, 0, capacity, d, q, 0, scale, first, last, base, path, 0, s, 0, y_at)
-            attention.attention(kind, heads, *place, *queries, 0)
+            attention.attention(kind, heads, *place, *queries, 0, np.float32(cap), w, slopes)
             yield s[y_at : y_at + heads * wide]
 
 
@@ -235,6 +268,20 @@ def decoded_experts() -> Iterator[Any]:
     yield from _greedy(spec, "f16")
 
 
+def decoded_blocks() -> Iterator[Any]:
+    """The same of models with other norms, positions and feed-forwards than Llama's."""
+    sizes: Any = (2, 72, 6, 2, 20, 100, 90, 64, 1e-5)
+    around: dict[str, Any] = {"ropes": (1, 0), "windows": (9, 0), "attention_cap": 5.0, "logit_cap": 3.0}
+    plain: dict[str, Any] = {"layer_norm": True, "norm_bias": True, "plain_ffn": True, "ropes": (2, 2)}
+    for spec in (
+        ModelSpec("gemma2", *sizes, "gelu_tanh", block="around", **around),
+        ModelSpec("olmo2", *sizes, block="post", joint_qk_norm=True),
+        ModelSpec("gpt_neox", *sizes, "gelu", block="parallel", layer_norm=True, rotary=6),
+        ModelSpec("llama", *sizes, "gelu", learned_positions=True, alibi=True, **plain),
+    ):
+        yield from _greedy(spec, "f16")
+
+
 def _greedy(spec: ModelSpec, kv_type: Any) -> Iterator[Any]:
     turns = ("q4", "q8", "f16", "f32")
     weights = inputs.tiny_weights(spec, lambda name: turns[sum(name.encode()) % 4], "lowerings")
@@ -264,10 +311,15 @@ PARTS: dict[str, Callable[[], Iterator[Any]]] = {
     "attention q8": lambda: attentions(1),
     "attention q4": lambda: attentions(2),
     **{f"neurons {quant}": lambda quant=quant: neuron_sums(quant) for quant in neuron_packing.QUANTS},  # type: ignore[misc]
+    "activation": activations,
+    "row_sums": sums,
+    "attention capped": lambda: attentions(0, 5.0),
+    "attention alibi": lambda: attentions(0, 0.0, 0),
     "decode f16": lambda: decoded("f16"),
     "decode q8": lambda: decoded("q8"),
     "decode q4": lambda: decoded("q4"),
     "decode experts": decoded_experts,
+    "decode blocks": decoded_blocks,
 }
 
 

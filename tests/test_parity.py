@@ -75,7 +75,7 @@ def test_logits_are_the_same_bits_in_chunks(model_file: Path, chunk: int) -> Non
 def test_logits_match_transformers_over_the_whole_context(name: str, seed: int, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    tokens = tiny_models.tokens(tiny_models.CONFIGS[name]["max_position_embeddings"], seed)
+    tokens = tiny_models.tokens(tiny_models.positions(tiny_models.CONFIGS[name]), seed)
     found = logits(converted(name, seed, tmp_path), tokens)
     expected = transformers_logits(tmp_path / "source", tokens)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
@@ -85,8 +85,9 @@ def transformers_logits(folder: Path, tokens: list[int]) -> NDArray[np.float32]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    attention = tiny_models.attention_of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation=attention, experts_implementation="eager"
     )
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].numpy()

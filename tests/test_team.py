@@ -50,8 +50,11 @@ class Little:
                 quant=0,
                 w_at=0,
                 groups=WIDTH // 32,
+                word=program.TOKEN,
                 y=0,
                 y_stride=WIDTH,
+                sum=-1,
+                sum_stride=0,
             )
         ]
         for n in range(PRODUCTS):
@@ -66,9 +69,12 @@ class Little:
         self.rows = np.zeros((program.TOKEN_WORDS, ROWS), np.int64)
         self.job = np.zeros(program.JOB_WORDS, np.int64)
         self.job[program.LAST] = len(code)
-        empty = (np.zeros(32, np.int8), np.zeros(1, np.float32), np.zeros(1, np.int32), np.zeros(1, np.uint8))
+        rows = (np.zeros(32, np.int8), np.zeros(1, np.float32), np.zeros(1, np.int32))
+        spare_view = np.zeros(1, np.uint8)
+        spare_view.flags.writeable = False
+        empty = (*rows, np.zeros(1, np.uint8), np.zeros(1, np.uint8), spare_view)
         words = np.zeros(2, np.int64)
-        arrays = (np.stack(code), np.zeros(len(code), np.float32), w, w, words, self.f, *empty, words)
+        arrays = (np.stack(code), np.zeros((len(code), 2), np.float32), w, w, words, self.f, *empty, words)
         paths = np.zeros(program.PATH, np.int64)
         self.team = Team(threads, (*arrays, self.rows, paths, self.job), len(code))
 

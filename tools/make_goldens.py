@@ -1,7 +1,7 @@
 """Write `tests/goldens`: the logits of transformers for the tiny models of `tests/tiny_models.py`.
 
-Run `python tools/make_goldens.py` where torch and transformers are installed. Every model is
-checked before its logits are stored:
+Run `python tools/make_goldens.py` where torch and transformers are installed, with the names of some models
+or for all of them. Every model is checked before its logits are stored:
 
 * transformers loads exactly the tensors that were written, value for value;
 * its float32 logits agree with its float64 logits, so the goldens are not rounding noise;
@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS.parent))
 
-import tiny_models  # noqa: E402
-from tiny_models import CONFIGS, SEED, Config, Tensors  # noqa: E402
+from tests import tiny_models  # noqa: E402
+from tests.tiny_configs import CONFIGS, Config  # noqa: E402
+from tests.tiny_models import SEED, Tensors  # noqa: E402
 
 GOLDENS = TESTS / "goldens"
 TOKENS = tiny_models.tokens(48)
@@ -36,6 +37,14 @@ FLOAT64_TOLERANCE = 2e-5  # a fiftieth of the tests' 1e-3
 FLOAT16_CACHE_TOLERANCE = 8e-4  # leaves 2e-4 of the tests' 1e-3 for everything else
 LEAST_EFFECT = 1e-2  # ten times the tolerance of the tests: no option can be absent unnoticed
 
+NEUTRAL: Config = {
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "scale_attn_weights": True,
+}
+"""Options that are usually something else, and the values under which they change nothing."""
+
 Variant = tuple[str, Config, Tensors]
 
 
@@ -45,10 +54,12 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
     GOLDENS.mkdir(exist_ok=True)
-    for stale in GOLDENS.glob("*.npy"):
-        stale.unlink()
+    names = sys.argv[1:] or list(CONFIGS)
+    old = json.loads((GOLDENS / "index.json").read_text(encoding="utf-8"))
+    kept = {name: digest for name, digest in old["weights_sha256"].items() if sys.argv[1:]}
     digests: dict[str, str] = {}
-    for name, config in CONFIGS.items():
+    for name in names:
+        config = CONFIGS[name]
         tensors = tiny_models.weights(config, SEED)
         model = load_checked(name, tensors)
         expected = logits(model)
@@ -68,11 +79,14 @@ def main() -> None:
         "seed": SEED,
         "tokens": TOKENS,
         "positions": POSITIONS,
-        "weights_sha256": digests,
+        "weights_sha256": {name: digest for name, digest in (kept | digests).items() if name in CONFIGS},
     }
+    for path in GOLDENS.glob("*.npy"):
+        if path.stem not in CONFIGS:
+            path.unlink()
     (GOLDENS / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in GOLDENS.iterdir())
-    print(f"{len(digests)} models, {size:,} bytes in {GOLDENS.name}/")
+    print(f"{len(digests)} models anew, {size:,} bytes in {GOLDENS.name}/")
 
 
 def load_checked(name: str, tensors: Tensors) -> PreTrainedModel:
@@ -82,7 +96,7 @@ def load_checked(name: str, tensors: Tensors) -> PreTrainedModel:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
-            attn_implementation="eager",
+            attn_implementation=tiny_models.attention_of(CONFIGS[name]),
             experts_implementation="eager",
             output_loading_info=True,
         )
@@ -101,6 +115,9 @@ def as_stored(parameters: dict[str, torch.Tensor], tensors: Tensors) -> Tensors:
     found: Tensors = {}
     for name, parameter in parameters.items():
         values = parameter.detach().numpy()
+        if name == "lm_head.weight" and "embed_out.weight" in tensors:  # of GPT-NeoX, in transformers 5
+            found["embed_out.weight"] = values
+            continue
         layer, _, part = name.partition(".mlp." if ".mlp." in name else ".block_sparse_moe.")
         if f"{layer}.block_sparse_moe.input_linear.weight" in tensors and part:
             granite = {
@@ -158,7 +175,10 @@ def check_effects(
         with tempfile.TemporaryDirectory() as folder:
             tiny_models.write_model(Path(folder), changed, values)
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+                folder,
+                dtype=torch.float32,
+                attn_implementation=tiny_models.attention_of(config),
+                experts_implementation="eager",
             )
         effect = difference(logits(model), expected)
         expect(effect > LEAST_EFFECT, f"{name}: without {what} logits change by only {effect}")
@@ -168,15 +188,18 @@ def check_effects(
 def without_tensors(config: Config, tensors: Tensors) -> Iterator[Variant]:
     """The model without one kind of bias, or with the gains of one kind of norm all 1, or regrouped."""
     for kind in sorted({name.split(".", 3)[-1] if ".layers." in name else name for name in tensors}):
+        if kind.endswith("k_proj.bias") and config["model_type"] == "opt":
+            continue  # without rope it adds the same to all scores of a query
         if kind.endswith(".bias"):
             plain: Callable[[NDArray[np.float32]], NDArray[np.float32]] = np.zeros_like
-        elif kind.endswith("norm.weight"):
-            plain = np.ones_like
+        elif tiny_models.is_gain(kind):
+            plain = np.zeros_like if config["model_type"].startswith("gemma") else np.ones_like
         else:
             continue
         changed = {name: plain(values) if name.endswith(kind) else values for name, values in tensors.items()}
         yield kind, config, changed
-    if 1 < config["num_key_value_heads"] < config["num_attention_heads"]:
+    separate = any("q_proj" in name for name in tensors)
+    if separate and 1 < config.get("num_key_value_heads", 0) < config["num_attention_heads"]:
         yield "grouping", config, regrouped(config, tensors)
 
 
@@ -205,10 +228,19 @@ def without_options(config: Config, tensors: Tensors) -> Iterator[Variant]:
 
 def option_changes(config: Config) -> Iterator[tuple[str, Config]]:
     """What to change in the configuration, and which option that takes out."""
-    if config["hidden_act"] != "silu":
-        yield "hidden_act", {"hidden_act": "silu"}
-    if config["rms_norm_eps"] > 1e-4:
-        yield "rms_norm_eps", {"rms_norm_eps": 1e-5}
+    for key in ("hidden_act", "hidden_activation", "activation_function", "activation"):
+        if config.get(key, "silu") != "silu":
+            yield key, {key: "silu"}
+    for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if config.get(key, 0) > 1e-4:
+            yield key, {key: 1e-5}
+    for key, neutral in NEUTRAL.items():
+        if config.get(key, neutral) != neutral:
+            yield key, {key: neutral}
+    if not all(config.get("no_rope_layers", ())):
+        yield "no_rope_layers", {"no_rope_layers": [1] * config["num_hidden_layers"]}
+    if "query_pre_attn_scalar" in config:
+        yield "query_pre_attn_scalar", {"query_pre_attn_scalar": config["head_dim"]}
     yield from window_changes(config)
     yield from rope_changes(config)
     yield from expert_changes(config)
@@ -226,7 +258,9 @@ def window_changes(config: Config) -> Iterator[tuple[str, Config]]:
     yield "the exact window, one more", {"sliding_window": window + 1}
     yield "the exact window, one less", {"sliding_window": window - 1}
     layers = config["num_hidden_layers"]
-    if "layer_types" not in config:
+    if "layer_types" not in config and "sliding_window_pattern" in config:
+        yield "the pattern of windows", {"sliding_window_pattern": config["sliding_window_pattern"] + 1}
+    elif "layer_types" not in config:
         yield "the window", {"sliding_window": None}
     else:
         for kind in ("full_attention", "sliding_attention"):
@@ -249,7 +283,20 @@ def expert_changes(config: Config) -> Iterator[tuple[str, Config]]:
 
 def rope_changes(config: Config) -> Iterator[tuple[str, Config]]:
     """Another base, no scaling, and no value for each parameter of the scaling that has a default."""
+    if "rope_local_base_freq" in config:  # Gemma 3's first configurations
+        yield "rope_local_base_freq", {"rope_local_base_freq": config["rope_theta"]}
+        yield "linear scaling", {"rope_scaling": None}
+        return
+    if not config.get("rope_parameters") and "rope_scaling" not in config:
+        return
     rope = config.get("rope_parameters") or config["rope_scaling"] | {"rope_theta": config["rope_theta"]}
+    if "full_attention" in rope:
+        swapped = dict(zip(rope, reversed(rope.values()), strict=True))
+        yield "the bases of rope", {"rope_parameters": swapped}
+        return
+    if rope.get("partial_rotary_factor", 1) != 1:
+        whole = {key: rope[key] for key in ("rope_theta",)} | {"rope_type": "default"}
+        yield "partial_rotary_factor", {"rope_parameters": whole | {"partial_rotary_factor": 1.0}}
     plain = {"rope_theta": rope["rope_theta"], "rope_type": "default"}
     old_keys = {"rope_scaling": None}
     if rope["rope_theta"] != 10000.0:

@@ -7,25 +7,60 @@ from collections.abc import Callable
 from typing import Final
 
 from edgert.converters.architectures import (
+    cohere,
+    exaone4,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3_text,
+    glm4,
+    gpt2,
+    gpt_neox,
+    granite,
     granitemoe,
     llama,
+    ministral,
     mistral,
     mixtral,
+    olmo2,
     olmoe,
+    opt,
+    phi3,
     qwen2,
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    smollm3,
+    stablelm,
+    starcoder2,
 )
-from edgert.converters.architectures.family import Decoder, Variant, read_decoder, source_name
+from edgert.converters.architectures.family import Decoder, Variant, read_decoder
+from edgert.converters.architectures.names import source_name
 from edgert.converters.hf_config import HfConfig, shown
 from edgert.errors import NotAModelError, UnsupportedError
 
 VARIANTS: Final[dict[str, Callable[[HfConfig], Variant]]] = {
     "llama": llama.variant,
     "mistral": mistral.variant,
+    "ministral": ministral.variant,
     "qwen2": qwen2.variant,
     "qwen3": qwen3.variant,
+    "gemma": gemma.variant,
+    "gemma2": gemma2.variant,
+    "gemma3_text": gemma3_text.variant,
+    "phi3": phi3.variant,
+    "smollm3": smollm3.variant,
+    "granite": granite.variant,
+    "olmo2": olmo2.variant,
+    "glm4": glm4.variant,
+    "exaone4": exaone4.variant,
+    "starcoder2": starcoder2.variant,
+    "stablelm": stablelm.variant,
+    "cohere": cohere.variant,
+    "gpt2": gpt2.variant,
+    "gpt_neox": gpt_neox.variant,
+    "opt": opt.variant,
+    "falcon": falcon.variant,
     "mixtral": mixtral.variant,
     "olmoe": olmoe.variant,
     "qwen2_moe": qwen2_moe.variant,

@@ -1,14 +1,9 @@
-"""Granite 3 with experts (transformers' modeling_granitemoe.py): Mixtral with four multipliers.
-
-Each multiplies the output of a matrix or a gain, so it is multiplied into that when the file is
-written, and the engine knows nothing of it: a residual step m (W h + b) = (m W) h + m b, a score
-a (Wq x)^T k = d^-1/2 (a d^1/2 Wq x)^T k, an embedding e E, logits E (g / s) x. Where E is both, the last
-gain is also divided by e (`Decoder.factor`).
-"""
+"""Granite 3 with experts (transformers' modeling_granitemoe.py): Mixtral with Granite's multipliers."""
 
 from typing import Final
 
-from edgert.converters.architectures import mixtral
+from edgert.converters.architectures import granite, mixtral
+from edgert.converters.architectures.cuts import Layout
 from edgert.converters.architectures.family import Experts, Variant
 from edgert.converters.hf_config import HfConfig
 
@@ -25,19 +20,6 @@ def variant(config: HfConfig) -> Variant:
     config.refuse_unless("sliding_window")
     config.refuse_unless("layer_types")
     bias = config.flag("attention_bias")
-    heads = config.integer("num_attention_heads")
-    head_dim = config.integer("head_dim", max(1, config.integer("hidden_size") // heads))
-    residual = config.number("residual_multiplier", 1.0)
-    scores = config.number("attention_multiplier", 1.0) * head_dim**0.5
-    factors = {
-        "token_embedding": config.number("embedding_multiplier", 1.0),
-        "q": scores,
-        "q_bias": scores,
-        "o": residual,
-        "o_bias": residual,
-        "experts.down": residual,
-        "output_norm": 1.0 / config.number("logits_scaling", 1.0),
-    }
     return Variant(
         qkv_bias=bias,
         output_bias=bias,
@@ -47,11 +29,10 @@ def variant(config: HfConfig) -> Variant:
             width=config.integer("intermediate_size"),
             normalized=True,
         ),
-        names=mixtral.NAMES | {"router": "block_sparse_moe.router.layer.weight"},
-        fused=FUSED,
-        factors=factors,
-        understood=frozenset(
-            ("num_local_experts", "embedding_multiplier", "residual_multiplier", "logits_scaling")
-        )
-        | {"attention_multiplier"},
+        layout=Layout(
+            names=mixtral.NAMES | {"router": "block_sparse_moe.router.layer.weight"},
+            experts=FUSED,
+        ),
+        factors=granite.factors(config, "experts.down"),
+        understood=granite.MULTIPLIERS | {"num_local_experts"},
     )

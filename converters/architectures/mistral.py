@@ -1,6 +1,7 @@
 """Mistral (transformers' modeling_mistral.py): no biases, one sliding window for every layer."""
 
-from edgert.converters.architectures.family import Variant, layer_count, window_size
+from edgert.converters.architectures.family import Variant
+from edgert.converters.architectures.windows import layer_count, window_size
 from edgert.converters.hf_config import HfConfig
 
 

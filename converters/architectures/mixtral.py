@@ -2,7 +2,9 @@
 
 from typing import Final
 
-from edgert.converters.architectures.family import Experts, Variant, layer_count
+from edgert.converters.architectures.cuts import Layout
+from edgert.converters.architectures.family import Experts, Variant
+from edgert.converters.architectures.windows import every_layer
 from edgert.converters.hf_config import HfConfig
 
 NAMES: Final = {
@@ -18,15 +20,14 @@ def variant(config: HfConfig) -> Variant:
     config.refuse_unless("attention_bias", False)
     config.refuse_unless("mlp_bias", False)
     config.refuse_unless("layer_types")
-    window = config.integer("sliding_window") if config.has("sliding_window") else 0
     return Variant(
-        windows=(window,) * layer_count(config),
+        windows=every_layer(config),
         experts=Experts(
             count=config.integer("num_local_experts", 8),
             active=config.integer("num_experts_per_tok", 2),
             width=config.integer("intermediate_size"),
             normalized=True,
         ),
-        names=NAMES,
+        layout=Layout(names=NAMES),
         understood=frozenset({"num_local_experts"}),
     )

@@ -1,6 +1,7 @@
 """Qwen 2 and 2.5 (transformers' modeling_qwen2.py): biases on q, k and v, windows by layer."""
 
-from edgert.converters.architectures.family import Variant, layer_windows
+from edgert.converters.architectures.family import Variant
+from edgert.converters.architectures.windows import layer_windows
 from edgert.converters.hf_config import HfConfig
 
 

@@ -1,6 +1,7 @@
 """Qwen 1.5 and 2 with experts (transformers' modeling_qwen2_moe.py): biases on q, k, v, a shared expert."""
 
-from edgert.converters.architectures.family import Experts, Variant, dense_layers, layer_windows
+from edgert.converters.architectures.family import Experts, Variant
+from edgert.converters.architectures.windows import dense_layers, layer_windows
 from edgert.converters.hf_config import HfConfig
 from edgert.errors import UnsupportedError
 

@@ -1,6 +1,7 @@
 """Qwen 3, dense (transformers' modeling_qwen3.py): norms on q and k, windows by layer."""
 
-from edgert.converters.architectures.family import Variant, layer_windows
+from edgert.converters.architectures.family import Variant
+from edgert.converters.architectures.windows import layer_windows
 from edgert.converters.hf_config import HfConfig
 
 

@@ -1,6 +1,7 @@
 """Qwen 3 with experts (transformers' modeling_qwen3_moe.py): norms on each head of q and k."""
 
-from edgert.converters.architectures.family import Experts, Variant, dense_layers, layer_count, window_size
+from edgert.converters.architectures.family import Experts, Variant
+from edgert.converters.architectures.windows import dense_layers, layer_count, window_size
 from edgert.converters.hf_config import HfConfig
 
 

@@ -11,13 +11,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.config import ModelSpec
+from edgert.config import GLOBAL_ROPE, ModelSpec
 from edgert.converters.architectures import Decoder
 from edgert.converters.gguf.architectures import ARCHITECTURES, REFUSED, ROPE_FACTORS, Architecture, gguf_name
 from edgert.converters.gguf.reader import GgufFile, GgufTensor
 from edgert.converters.hf_config import HfConfig, shown
 from edgert.converters.rope import make_rope
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
+from edgert.format.tensors import rope_name
 
 # The most experts of a published model are 512; for each of a layer's, three tensors are listed.
 MAX_EXPERTS: Final = 1 << 12
@@ -71,7 +72,7 @@ def read_decoder(file: GgufFile, eos_ids: Iterable[int]) -> Decoder:
         )
     except ValueError as error:
         raise ConversionError(f"{config.where}: {error}; download the file again") from None
-    return Decoder(spec, _divided(rope.frequencies, file))
+    return Decoder(spec, {rope_name(GLOBAL_ROPE): _divided(rope.frequencies, file)})
 
 
 def _name(file: GgufFile) -> str:

@@ -54,8 +54,8 @@ class GgufWeights:
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A norm, a bias, or the rotary frequencies."""
-        if name == ROPE:
-            return self._decoder.rope_frequencies
+        if name in self._decoder.computed:
+            return self._decoder.computed[name]
         values = self._tensors[gguf_name(name)].vector()
         if not self._is_reordered(name):
             return values
@@ -63,7 +63,7 @@ class GgufWeights:
 
     def stored_as(self, name: str) -> str:
         """GGUF's name of a type, like Q4_K."""
-        return "" if name == ROPE else self._tensors[gguf_name(name)].kind.name
+        return "" if name in self._decoder.computed else self._tensors[gguf_name(name)].kind.name
 
     def _bytes(self, name: str, tensor: GgufTensor, start: int, end: int) -> NDArray[np.uint8]:
         if not self._is_reordered(name):

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from edgert.config import ModelSpec
+from edgert.config import LOCAL_ROPE, ModelSpec
 from edgert.format.layout import Role
 
 TOKENIZER: Final = "tokenizer.json"
+POSITIONS: Final = "position_embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,12 @@ def iter_declared(spec: ModelSpec, tokenizer_bytes: int = 0) -> Iterator[TensorD
     speaks = ends or bool(exits)  # has logits to give
     if spec.first_layer == 0 or (speaks and spec.tied_embeddings):
         yield _matrix("token_embedding", spec.vocab, spec.width)
-    yield _vector("rope_frequencies", spec.head_dim // 2)
+    if spec.first_layer == 0 and spec.learned_positions:
+        yield _matrix(POSITIONS, spec.context, spec.width)
+    for rope in spec.ropes_used:
+        yield _vector(rope_name(rope), spec.rotated // 2)
+    if spec.alibi:
+        yield _vector("alibi_slopes", spec.heads)
     head = tuple(_exit(spec))
     for index in range(spec.first_layer, spec.last_layer):
         for decl in (*_attention(spec), *_feed_forward(spec, index)):
@@ -59,9 +65,14 @@ def iter_declared(spec: ModelSpec, tokenizer_bytes: int = 0) -> Iterator[TensorD
         for decl in head if index + 1 in exits else ():
             yield TensorDecl(f"exits.{index + 1}.{decl.name}", decl.shape, decl.role)
     if ends:
-        yield _vector("output_norm", spec.width)
+        yield from _norm(spec, "output_norm")
     if speaks and not spec.tied_embeddings:
         yield _matrix("output", spec.vocab, spec.width)
+
+
+def rope_name(rope: int) -> str:
+    """The tensor that holds the frequencies of GLOBAL_ROPE or LOCAL_ROPE."""
+    return "local_rope_frequencies" if rope == LOCAL_ROPE else "rope_frequencies"
 
 
 def expert_name(layer: int, expert: int) -> str:
@@ -92,7 +103,8 @@ def matrices_in(decl: TensorDecl | StoredTensor) -> tuple[tuple[str, int, int], 
 
 def _attention(spec: ModelSpec) -> Iterator[TensorDecl]:
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    yield _vector("attention_norm", spec.width)
+    if spec.block != "post":
+        yield from _norm(spec, "attention_norm")
     for name, rows in (("q", queries), ("k", keys), ("v", keys)):
         yield _matrix(name, rows, spec.width)
         if spec.qkv_bias:
@@ -106,11 +118,14 @@ def _attention(spec: ModelSpec) -> Iterator[TensorDecl]:
     yield _matrix("o", spec.width, queries)
     if spec.output_bias:
         yield _vector("o_bias", spec.width)
+    if spec.block in ("post", "around"):
+        yield from _norm(spec, "attention_post_norm")
 
 
 def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[TensorDecl]:
     width, ffn, prefix = spec.width, spec.ffn_width, ""
-    yield _vector("ffn_norm", width)
+    if spec.block != "post" and not spec.shared_norm:
+        yield from _norm(spec, "ffn_norm")
     if spec.has_experts(layer):
         yield TensorDecl("router", (spec.experts, width), "router")
         if not spec.shared_width:
@@ -121,10 +136,13 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[TensorDecl]:
         yield _matrix("gate", ffn, width)
         yield TensorDecl("neurons", (2, ffn, width), "neurons")
         return
-    for name, rows, columns in (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn)):
+    matrices = (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn))
+    for name, rows, columns in matrices[spec.plain_ffn :]:
         yield _matrix(f"{prefix}{name}", rows, columns)
         if spec.ffn_bias:
             yield _vector(f"{name}_bias", rows)
+    if spec.block in ("post", "around"):
+        yield from _norm(spec, "ffn_post_norm")
 
 
 def _exit(spec: ModelSpec) -> Iterator[TensorDecl]:
@@ -132,6 +150,12 @@ def _exit(spec: ModelSpec) -> Iterator[TensorDecl]:
     yield _vector("norm", spec.width)
     yield _matrix("matrix", spec.width, spec.width)
     yield _vector("output_norm", spec.width)
+
+
+def _norm(spec: ModelSpec, name: str) -> Iterator[TensorDecl]:
+    yield _vector(name, spec.width)
+    if spec.norm_bias:
+        yield _vector(f"{name}_bias", spec.width)
 
 
 def _matrix(name: str, rows: int, columns: int) -> TensorDecl:

@@ -98,7 +98,7 @@ def _spec(text: str) -> ModelSpec:
         for name in ("architecture", "rope_scaling"):
             if not isinstance(values.get(name, ""), str):
                 raise TypeError(f"{name} is {shown(values[name])}, expected a string")
-        for name in ("windows", "eos_ids", "part", "exits", "dense_layers"):
+        for name in ("windows", "eos_ids", "part", "exits", "dense_layers", "ropes"):
             if not isinstance(values.get(name, []), list):
                 raise TypeError(f"{name} is {shown(values[name])}, expected a list")
         return ModelSpec.from_json(values)

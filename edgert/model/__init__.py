@@ -1,23 +1,26 @@
 """Architectures and the one forward path.
 
-A new architecture is one file with `MODEL_TYPES` and `layer`, named here, and its entry in
-converters/architectures.py.
+An order of computation is one file with `BLOCK`, `MODEL_TYPES` and `layer`, named here; what an architecture
+differs in otherwise is in converters/architectures.
 """
 
 from collections.abc import Callable
 
+from edgert.config import ModelSpec
 from edgert.errors import UnsupportedError
-from edgert.model import llama, mixtral
+from edgert.model import gemma2, gpt_neox, llama, mixtral, olmo2
 from edgert.model.builder import Builder
 
-_ARCHITECTURES = (llama, mixtral)
+_ORDERS = (llama, mixtral, gemma2, olmo2, gpt_neox)
 
 
-def layer_of(architecture: str) -> Callable[[Builder, int], None]:
+def layer_of(spec: ModelSpec) -> Callable[[Builder, int], None]:
     """The function that writes one layer of this architecture."""
-    for module in _ARCHITECTURES:
-        if architecture in module.MODEL_TYPES:
+    for module in _ORDERS:
+        if spec.architecture in module.MODEL_TYPES and spec.block == module.BLOCK:
             layer: Callable[[Builder, int], None] = module.layer
             return layer
-    known = ", ".join(name for module in _ARCHITECTURES for name in module.MODEL_TYPES)
-    raise UnsupportedError(f"architecture {architecture!r} is not supported; supported: {known}")
+    known = ", ".join(dict.fromkeys(name for module in _ORDERS for name in module.MODEL_TYPES))
+    raise UnsupportedError(
+        f"architecture {spec.architecture!r} with norms {spec.block!r} is not supported; supported: {known}"
+    )

@@ -1,9 +1,12 @@
 """Writes the program of a model: what an architecture file says, as rows of the operation table."""
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.config import ACTIVATIONS, EngineConfig
+from edgert.config import ACTIVATIONS, LOCAL_ROPE, NO_ROPE, EngineConfig
+from edgert.format.tensors import POSITIONS, rope_name
 from edgert.kernels import program
 from edgert.kernels.attention import MOST_HEADS
 from edgert.kernels.matmul import Q8, record_bytes
@@ -42,13 +45,18 @@ class Builder:
         self.mixed = layout.rows(rows, spec.heads * spec.head_dim, quantized=True)  # [T, H*d]
         if spec.has_dense_layers:
             self.gate = layout.rows(rows, spec.ffn_width, quantized=True)  # [T, F]
-            self.up = layout.rows(rows, spec.ffn_width)  # [T, F]
+            if not spec.plain_ffn:
+                self.up = layout.rows(rows, spec.ffn_width)  # [T, F]
+        if spec.block != "pre":
+            # [T, D] what a layer adds to the residual stream, until its norm; or a second normed input
+            self.branch = layout.rows(rows, spec.width, quantized=True)
         self.chosen = layout.rows(MAX_OUTPUTS, spec.width, quantized=True)  # [R, D]
         self.lens = layout.rows(MAX_OUTPUTS if spec.held_exits else 0, spec.width)  # [R, D] of an exit
         self.logits = layout.rows(MAX_OUTPUTS, spec.vocab)  # [R, V]
-        table = layout.floats  # [T, d] cos and sin of each row's position, without padding
-        layout.floats += rows * spec.head_dim
-        self.table = table
+        self.tables: dict[int, int] = {}  # by rope: [T, rotated] cos and sin of each row's position, unpadded
+        for rope in spec.ropes_used:
+            self.tables[rope] = layout.floats
+            layout.floats += rows * spec.rotated
         # Per thread: scores, outputs and sums of the heads that one call of attention takes.
         self.scratch_stride = padded(MOST_HEADS * (cache.capacity + padded(spec.head_dim) + 1))
         self.scratch = layout.floats
@@ -61,10 +69,10 @@ class Builder:
         layout.groups += config.threads * MOST_HEADS * (padded(spec.head_dim) // 32)
         layout.groups += SPAN  # rows of up take the scales of x by spans, past the end of the last row
         self._code: list[NDArray[np.int64]] = []
-        self._reals: list[float] = []
+        self._reals: list[tuple[float, float]] = []
 
     def table_of_operations(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The program: int64 [operations, COLUMNS] and float32 [operations]."""
+        """The program: int64 [operations, COLUMNS] and float32 [operations, 2]."""
         return np.stack(self._code), np.array(self._reals, np.float32)
 
     @property
@@ -73,30 +81,52 @@ class Builder:
         return len(self._code)
 
     def embed(self) -> None:
-        """hidden = embedding of the tokens."""
-        matrix = self.weights.matrix("token_embedding")
+        """hidden = embedding of the tokens (+ that of their positions)."""
+        self._embed("token_embedding", program.TOKEN, self.hidden, -1)
+        if self.spec.learned_positions:
+            self._embed(POSITIONS, program.POSITION, self.normed, self.hidden.at)
+
+    def _embed(self, name: str, word: int, y: Rows, total: int) -> None:
+        matrix = self.weights.matrix(name)
         self.add(
             program.EMBED,
             quant=matrix.quant,
             w_at=matrix.at,
             groups=matrix.groups,
-            y=self.hidden.at,
-            y_stride=self.hidden.stride,
+            word=word,
+            y=y.at,
+            y_stride=y.stride,
+            sum=total,
+            sum_stride=self.hidden.stride,
         )
 
-    def rope_table(self) -> None:
+    def rope_tables(self) -> None:
         """Cos and sin of the rows' positions."""
-        self.add(
-            program.ROPE_TABLE,
-            real=self.spec.rope_magnitude,
-            frequencies=self.weights.vector("rope_frequencies"),
-            half=self.spec.head_dim // 2,
-            table=self.table,
-        )
+        for rope, table in self.tables.items():
+            self.add(
+                program.ROPE_TABLE,
+                real=1.0 if rope == LOCAL_ROPE else self.spec.rope_magnitude,
+                frequencies=self.weights.vector(rope_name(rope)),
+                half=self.spec.rotated // 2,
+                table=table,
+            )
 
     def norm(self, gain: str) -> Rows:
-        """normed = RMSNorm of hidden."""
+        """normed = norm of hidden, RMSNorm or LayerNorm."""
         return self._norm(gain, self.hidden, self.normed, program.TOKENS)
+
+    def second_norm(self, gain: str) -> Rows:
+        """branch = norm of hidden, beside what `norm` gave."""
+        return self._norm(gain, self.hidden, self.branch, program.TOKENS)
+
+    def add_normed(self, gain: str) -> None:
+        """hidden += norm of branch."""
+        plain = replace(self.branch, quantized=-1)
+        self._norm(gain, plain, plain, program.TOKENS, total=self.hidden)
+
+    def raw(self) -> Rows:
+        """hidden as it is, quantised for what follows."""
+        return self.quantize(replace(self.hidden, quantized=self.normed.quantized))
 
     def head(self) -> None:
         """logits = E rmsnorm(hidden), of the rows whose logits are wanted; E is the output matrix."""
@@ -117,17 +147,29 @@ class Builder:
     def _logits_of(self, x: Rows) -> None:
         output = "token_embedding" if self.spec.tied_embeddings else "output"
         self.linear(output, x, self.logits, rows=program.CHOSEN)
+        if self.spec.logit_cap:
+            self._activate(self.logits, rows=program.CHOSEN, cap=self.spec.logit_cap)
 
     def joint_norm(self, gain: str, x: Rows, width: int) -> None:
         """RMSNorm of x in place, over all its heads together."""
-        self._norm(gain, x, x, program.TOKENS, width)
+        self._norm(gain, x, x, program.TOKENS, width, centred=False)
 
     def foreseen(self, gain: str, router: str, x: Rows, y: Rows) -> None:
         """y = a router's logits of hidden as it is now, in the rows for which that is wanted."""
         self._norm(gain, self.hidden, x, program.FORESEEN)
         self.linear(router, x, y, rows=program.FORESEEN)
 
-    def _norm(self, gain: str, x: Rows, y: Rows, rows: int, width: int = 0) -> Rows:
+    def _norm(
+        self,
+        gain: str,
+        x: Rows,
+        y: Rows,
+        rows: int,
+        width: int = 0,
+        *,
+        centred: bool | None = None,
+        total: Rows | None = None,
+    ) -> Rows:
         self.add(
             program.NORM,
             rows=rows,
@@ -140,6 +182,10 @@ class Builder:
             y_stride=y.stride,
             groups=y.groups if y.quantized >= 0 else 0,
             xq=y.quantized,
+            bias=self.weights.vector(f"{gain}_bias"),
+            centred=self.spec.layer_norm if centred is None else centred,
+            sum=total.at if total else -1,
+            sum_stride=total.stride if total else 0,
         )
         return y
 
@@ -180,6 +226,7 @@ class Builder:
 
     def heads(self, layer: int) -> None:
         """Norm and rotation of q and k heads; k and v into the cache."""
+        rope = self.spec.rope(layer)
         self.add(
             program.HEADS,
             real=self.spec.norm_eps,
@@ -194,7 +241,8 @@ class Builder:
             heads=self.spec.heads,
             kv_heads=self.spec.kv_heads,
             d=self.spec.head_dim,
-            table=self.table,
+            rotary=0 if rope == NO_ROPE else self.spec.rotated,
+            table=self.tables.get(rope, 0),
             kind=self.cache.kind,
             region=self.cache.layer(layer),
             region_bytes=self.cache.region_bytes,
@@ -208,6 +256,7 @@ class Builder:
         self.add(
             program.ATTEND,
             real=float(self.spec.head_dim) ** -0.5,
+            cap=self.spec.attention_cap,
             q=self.q.at,
             q_stride=self.q.stride,
             heads=self.spec.heads,
@@ -223,6 +272,7 @@ class Builder:
             scratch=self.scratch,
             scratch_stride=self.scratch_stride,
             queries=self.queries,
+            slopes=self.weights.vector("alibi_slopes"),
         )
         return self.quantize(self.mixed)
 
@@ -231,23 +281,37 @@ class Builder:
         self.add(program.QUANTIZE, x=x.at, x_stride=x.stride, groups=x.groups, xq=x.quantized)
         return x
 
-    def gated(self, down: str, gate: Rows, up: Rows) -> Rows:
-        """gate = act(gate) * up, quantised where the matrix `down` that follows wants it so."""
+    def gated(self, down: str, gate: Rows, up: Rows | None = None) -> Rows:
+        """gate = act(gate) * up, or act(gate), quantised where the matrix `down` that follows wants it so."""
         wants = self.weights.matrix(down).quant >= Q8
-        self.add(
-            program.GATE,
-            kind=ACTIVATIONS.index(self.spec.activation),
-            g=gate.at,
-            u=up.at,
-            stride=gate.stride,
-            groups=gate.groups,
-            xq=gate.quantized if wants else -1,
-        )
+        self._activate(gate if wants else replace(gate, quantized=-1), up)
         return gate
 
+    def _activate(
+        self, x: Rows, up: Rows | None = None, *, rows: int = program.TOKENS, cap: float = 0.0
+    ) -> None:
+        self.add(
+            program.GATE,
+            rows=rows,
+            cap=cap,
+            kind=ACTIVATIONS.index(self.spec.activation),
+            g=x.at,
+            u=up.at if up else -1,
+            stride=x.stride,
+            groups=x.groups,
+            xq=x.quantized,
+        )
+
     def add(
-        self, op: int, *, rows: int = program.TOKENS, barrier: bool = True, real: float = 0.0, **operands: int
+        self,
+        op: int,
+        *,
+        rows: int = program.TOKENS,
+        barrier: bool = True,
+        real: float = 0.0,
+        cap: float = 0.0,
+        **operands: int,
     ) -> None:
         """Append one operation; its operands are those of `program.FIELDS`."""
         self._code.append(program.encode(op, rows, barrier, **operands))
-        self._reals.append(real)
+        self._reals.append((real, cap))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import EngineConfig
-from edgert.errors import UsageError
+from edgert.errors import OptionError, UsageError
 from edgert.experts import ExpertStore
 from edgert.kernels import program
 from edgert.kv_cache import KvCache
@@ -35,11 +35,13 @@ class Forward:
 
     def __init__(self, weights: Weights, config: EngineConfig, store: ExpertStore | None = None) -> None:
         self.spec, self.config, self.store = weights.spec, config, store
+        if self.spec.learned_positions and config.context > self.spec.context:
+            raise OptionError(f"context is {config.context}; this model has {self.spec.context} positions")
         self.cache = KvCache(self.spec, config)
         control, spared = (store.ring.control, store.streaming.spared) if store else (None, (0.0, 0.0))
         builder = Builder(weights, config, self.cache, control, spared)
-        write_layer = layer_of(self.spec.architecture)
-        builder.rope_table()
+        write_layer = layer_of(self.spec)
+        builder.rope_tables()
         self._embed = builder.position
         first, last = self.spec.first_layer, self.spec.last_layer
         if first == 0:

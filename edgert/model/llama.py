@@ -1,13 +1,20 @@
-"""The Llama block and its relatives: llama, mistral, qwen2, qwen3 (Touvron et al., 2023).
+"""The Llama block and its relatives: norms before attention and before the feed-forward.
 
-They differ in what the ModelSpec and the tensors say (biases, norms of q and k, windows), not in
-the order of computation.
+Touvron et al., 2023, arXiv:2302.13971, section 2.2.
+
+They differ in what the ModelSpec and the tensors say (biases, norms of q and k, windows, LayerNorm, no
+gate, positions in the embedding), not in the order of computation.
 """
 
 from edgert.model import neurons
 from edgert.model.builder import Builder
+from edgert.state import Rows
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+BLOCK = "pre"
+MODEL_TYPES = (
+    *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "phi3", "smollm3", "granite", "stablelm"),
+    *("starcoder2", "gpt2", "gpt_neox", "opt", "falcon"),
+)
 
 
 def layer(b: Builder, index: int) -> None:
@@ -18,8 +25,14 @@ def layer(b: Builder, index: int) -> None:
 
 def attention(b: Builder, index: int) -> None:
     """hidden += attention(norm(hidden))."""
-    name, spec = f"layers.{index}", b.spec
+    name = f"layers.{index}"
     x = b.norm(f"{name}.attention_norm")
+    b.linear(f"{name}.o", heads(b, index, x), b.hidden, add=True)
+
+
+def heads(b: Builder, index: int, x: Rows) -> Rows:
+    """The outputs of all heads, side by side, for the input x."""
+    name, spec = f"layers.{index}", b.spec
     b.linear(f"{name}.q", x, b.q, last=False)
     b.linear(f"{name}.k", x, b.k, last=False)
     b.linear(f"{name}.v", x, b.v)
@@ -27,7 +40,7 @@ def attention(b: Builder, index: int) -> None:
         b.joint_norm(f"{name}.q_norm", b.q, spec.heads * spec.head_dim)
         b.joint_norm(f"{name}.k_norm", b.k, spec.kv_heads * spec.head_dim)
     b.heads(index)
-    b.linear(f"{name}.o", b.attend(index), b.hidden, add=True)
+    return b.attend(index)
 
 
 def feed_forward(b: Builder, index: int) -> None:
@@ -37,6 +50,15 @@ def feed_forward(b: Builder, index: int) -> None:
     if b.spec.neurons:
         neurons.feed_forward(b, index, x)
         return
+    b.linear(f"{name}.down", activations(b, index, x), b.hidden, add=True)
+
+
+def activations(b: Builder, index: int, x: Rows) -> Rows:
+    """What the feed-forward's last matrix meets, for the input x: act(gate x) * up x, or act(up x)."""
+    name = f"layers.{index}"
+    if b.spec.plain_ffn:
+        b.linear(f"{name}.up", x, b.gate)
+        return b.gated(f"{name}.down", b.gate)
     b.linear(f"{name}.gate", x, b.gate, last=False)
     b.linear(f"{name}.up", x, b.up)
-    b.linear(f"{name}.down", b.gated(f"{name}.down", b.gate, b.up), b.hidden, add=True)
+    return b.gated(f"{name}.down", b.gate, b.up)

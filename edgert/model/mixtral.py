@@ -14,6 +14,7 @@ from edgert.model.builder import Builder
 from edgert.model.routing import MOST_FORESEEN
 from edgert.state import Rows, padded
 
+BLOCK = "pre"
 MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe")
 
 

@@ -98,7 +98,7 @@ def shape(name: str) -> ModelSpec:
 
 def parameters(spec: ModelSpec) -> int:
     """Weights of a model, without the rope frequencies (they are not trained)."""
-    return sum(int(np.prod(d.shape)) for d in declared(spec) if d.name != "rope_frequencies")
+    return sum(int(np.prod(d.shape)) for d in declared(spec) if not d.name.endswith("rope_frequencies"))
 
 
 def planned(spec: ModelSpec, quant: Quant) -> tuple[dict[str, StoredTensor], int]:
@@ -145,8 +145,8 @@ class _Filler:
         self._noise = self._rng.integers(0, 256, 1 << 20, dtype=np.uint8)
 
     def __call__(self, tensor: StoredTensor, view: Bytes) -> None:
-        if tensor.name == "rope_frequencies":
-            half = self._spec.head_dim // 2
+        if tensor.name.endswith("rope_frequencies"):
+            half = self._spec.rotated // 2
             view.view(np.float32)[:] = self._spec.rope_theta ** -(np.arange(half) / half)
         elif tensor.role == "vector":
             view.view(np.float32)[:] = 0.0 if tensor.name.endswith("_bias") else 1.0

@@ -76,6 +76,11 @@ def train_exits(
     The temperature is fitted on every other held-out document and the agreement counted on the rest.
     Raises UsageError where a checkpoint of another run lies beside `out`.
     """
+    spec = teacher.spec
+    if spec.layer_norm or spec.logit_cap:
+        raise UsageError(
+            f"a model of {spec.architecture}, with LayerNorm or capped logits, has no exits; expected RMSNorm"
+        )
     if not layers:
         raise UsageError(f"a model of {teacher.spec.layers} layers has no exit; expected at least 2 layers")
     if out.suffix != ".safetensors" or not out.parent.is_dir():

@@ -3,6 +3,7 @@
 import numpy as np
 
 from edgert.kernels import packing
+from edgert.kernels.reference.activation import capped
 from edgert.kernels.reference.arithmetic import fma
 from edgert.kernels.reference.hadamard import hadamard
 from edgert.kernels.reference.kv import region_views, region_views_q4
@@ -10,7 +11,16 @@ from edgert.kernels.reference.quantize import quantize
 from edgert.kernels.reference.softmax import softmax
 
 
-def _one_head(view, q, scale, positions, slots, s, s_at):
+def _biased(scores, cap, slope, positions):
+    """Scores soft-capped and with ALiBi's bias, as the model has them."""
+    if cap > 0:
+        scores = capped(scores, np.float32(cap))
+    if slope is not None:
+        scores = fma(slope, (positions - positions[-1]).astype(np.float32), scores)
+    return scores
+
+
+def _one_head(view, q, scale, cap, slope, positions, slots, s, s_at):
     """The output [slabs * 16] of one query [d]; leaves the probabilities in s."""
     keys = view.keys[slots // 16, :, slots % 16].astype(np.float32)  # [n, d]
     scores = np.zeros(len(slots), np.float32)
@@ -19,7 +29,7 @@ def _one_head(view, q, scale, positions, slots, s, s_at):
     if view.scales is not None:
         scores = scores * view.scales[0, slots]
     row = slice(s_at + positions[0], s_at + positions[-1] + 1)
-    s[row] = scores * np.float32(scale)
+    s[row] = _biased(scores * np.float32(scale), cap, slope, positions)
     total = softmax(s, s_at, positions[0], positions[-1] + 1)
     if view.scales is not None:
         s[row] = s[row] * view.scales[1, slots]
@@ -30,7 +40,7 @@ def _one_head(view, q, scale, positions, slots, s, s_at):
     return (out / total).reshape(-1)
 
 
-def _one_head_q4(view, q, scale, positions, slots, s, s_at):
+def _one_head_q4(view, q, scale, cap, slope, positions, slots, s, s_at):
     """`_one_head` over a q4 cache; the query and the output are rotated."""
     d, groups = q.size, view.values.shape[0]
     rotated = np.zeros(groups * 32, np.float32)
@@ -45,7 +55,7 @@ def _one_head_q4(view, q, scale, positions, slots, s, s_at):
         whole = (keys[:, g] * xq.reshape(groups, 32)[g].astype(np.int32)).sum(axis=1)
         scores = fma(whole.astype(np.float32), scales[:, g] * xs[g], scores)
     row = slice(s_at + positions[0], s_at + positions[-1] + 1)
-    s[row] = (np.float32(0) + scores) * np.float32(scale)
+    s[row] = _biased((np.float32(0) + scores) * np.float32(scale), cap, slope, positions)
     total = softmax(s, s_at, positions[0], positions[-1] + 1)
     records = view.values[:, slots]  # [G, n, 18]
     nibbles = np.concatenate([records[..., 2:] & 15, records[..., 2:] >> 4], axis=2).astype(np.float32)
@@ -82,6 +92,9 @@ def attention(
     xs,
     xn,
     x_at,
+    cap,
+    w,
+    slopes,
 ):
     """See kernels/attention.py."""
     view = (
@@ -94,5 +107,6 @@ def attention(
     slots[branch] = path[path_at + positions[branch] - base]
     for h in range(heads):
         query = q[q_at + h * d : q_at + (h + 1) * d]
-        out = one_head(view, query, scale, positions, slots, s, s_at + h * capacity)
+        slope = w[slopes + h * 4 : slopes + h * 4 + 4].view(np.float32)[0] if slopes >= 0 else None
+        out = one_head(view, query, scale, cap, slope, positions, slots, s, s_at + h * capacity)
         s[y_at + h * out.size : y_at + (h + 1) * out.size] = out

@@ -4,7 +4,7 @@ import numpy as np
 
 from edgert.kernels import neuron_packing, packing
 from edgert.kernels.neuron_packing import SLICE, NeuronShape
-from edgert.kernels.reference.activation import activate as _activation
+from edgert.kernels.reference.activation import activated as _activation
 from edgert.kernels.reference.arithmetic import fma
 
 _NAMES = tuple(packing.RECORD_BYTES)

@@ -1,0 +1,174 @@
+"""From the tensors of a checkpoint to one for each of ours: what is fused, transposed or in another order."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgert.config import ModelSpec
+from edgert.converters.architectures.names import LAYERS, source_name
+from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor
+
+Rows = NDArray[np.int64]
+
+
+class Cut(Protocol):
+    """Tensors of ours that lie in the rows of one of a checkpoint."""
+
+    @property
+    def total(self) -> int:
+        """Rows of that one."""
+
+    def parts(self) -> dict[str, Rows]:
+        """Ours, and the rows of each; called for a tensor that has so many rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Ours one after another."""
+
+    sizes: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """See Cut."""
+        return sum(self.sizes.values())
+
+    def parts(self) -> dict[str, Rows]:
+        """See Cut."""
+        ends = list(accumulate(self.sizes.values()))
+        return {
+            name: np.arange(end - size, end)
+            for (name, size), end in zip(self.sizes.items(), ends, strict=True)
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Grouped:
+    """q, k and v where each group of query heads is followed by its key head, and that by its value head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    suffix: str = ""
+
+    @property
+    def total(self) -> int:
+        """See Cut."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def parts(self) -> dict[str, Rows]:
+        """See Cut."""
+        group = self.heads // self.kv_heads
+        rows = np.arange(self.total).reshape(self.kv_heads, group + 2, self.head_dim)
+        parts = {"q": rows[:, :group], "k": rows[:, group], "v": rows[:, group + 1]}
+        return {name + self.suffix: part.reshape(-1) for name, part in parts.items()}
+
+
+ROTATED: Final = frozenset({"q", "q_bias", "k", "k_bias"})
+
+
+@dataclass(frozen=True, slots=True)
+class Shifted:
+    """One of ours behind some rows that are never used."""
+
+    name: str
+    unused: int
+    size: int
+
+    @property
+    def total(self) -> int:
+        """See Cut."""
+        return self.unused + self.size
+
+    def parts(self) -> dict[str, Rows]:
+        """See Cut."""
+        return {self.name: np.arange(self.unused, self.total)}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a checkpoint lays out what others store one matrix at a time."""
+
+    names: Mapping[str, str] = field(default_factory=dict)  # where they differ from Llama's
+    layers: str = LAYERS  # what opens the name of every tensor of a layer
+    base: str = ""  # opens all names but that of the output matrix, where a checkpoint may leave it out
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # as granitemoe.FUSED
+    cuts: Mapping[str, Cut] = field(default_factory=dict)  # by the name of a tensor in its layer
+    transposed: frozenset[str] = frozenset()  # matrices stored as [K, N], by the name in their layer
+    interleaved: bool = False  # rotary pairs are neighbours (2i, 2i + 1), not the halves (i, i + r/2)
+    renamed: Mapping[str, str] = field(default_factory=dict)  # later names of some, and ours for them
+    ignored: tuple[str, ...] = ()  # ends of names of buffers that are no weights
+
+    def source_name(self, name: str) -> str:
+        """The name in the checkpoint, after cutting, of a tensor of ours or of one matrix of an expert."""
+        return source_name(name, self.names, self.layers)
+
+    def split(self, tensors: Mapping[str, SourceTensor], spec: ModelSpec) -> dict[str, SourceTensor]:
+        """The tensors with each of ours by itself, under its `source_name`."""
+        found = dict(self._cut(self._with_base(tensors), spec))
+        if self.interleaved:
+            for layer in range(spec.layers):
+                for part in ROTATED:
+                    name = self.source_name(f"layers.{layer}.{part}")
+                    tensor = found.get(name)
+                    heads = spec.heads if part.startswith("q") else spec.kv_heads
+                    if tensor is not None and tensor.shape[:1] == (heads * spec.head_dim,):
+                        found[name] = tensor.pick(halves(heads, spec.head_dim, spec.rotated))
+        return found
+
+    def _with_base(self, tensors: Mapping[str, SourceTensor]) -> Iterator[tuple[str, SourceTensor]]:
+        named = any(name.startswith(self.base) for name in tensors)
+        for found, tensor in tensors.items():
+            name = self.renamed.get(found, found)
+            if not name.endswith(self.ignored):
+                yield name if named or name == "lm_head.weight" else self.base + name, tensor
+
+    def _cut(
+        self, tensors: Iterable[tuple[str, SourceTensor]], spec: ModelSpec
+    ) -> Iterator[tuple[str, SourceTensor]]:
+        pattern = re.compile(re.escape(self.layers) + r"(\d{1,5})\.(.*)")
+        for name, tensor in tensors:
+            match = pattern.fullmatch(name)
+            layer, part = match.groups() if match else ("", name)
+            if tensor.dtype not in ITEM_BYTES:
+                yield name, tensor
+                continue
+            if part in self.transposed and len(tensor.shape) == 2:
+                tensor = tensor.transpose()
+            if part in self.experts:
+                yield from self._cut_experts(name, tensor, layer, self.experts[part], spec)
+            elif part in self.cuts and tensor.shape[:1] == (self.cuts[part].total,):
+                for ours, rows in self.cuts[part].parts().items():
+                    yield self.source_name(f"layers.{layer}.{ours}" if layer else ours), tensor.pick(rows)
+            else:
+                yield name, tensor
+
+    def _cut_experts(
+        self, name: str, tensor: SourceTensor, layer: str, matrices: tuple[str, ...], spec: ModelSpec
+    ) -> Iterator[tuple[str, SourceTensor]]:
+        """One tensor for each matrix of a stack [E, rows, columns], in whose rows `matrices` lie."""
+        width, inner = spec.width, spec.expert_width
+        rows, columns = (width, inner) if matrices == ("experts.down",) else (inner, width)
+        if tensor.shape != (spec.experts, len(matrices) * rows, columns):
+            yield name, tensor
+            return
+        for expert in range(spec.experts):
+            for j, matrix in enumerate(matrices):
+                own = self.source_name(f"layers.{layer}.{matrix.replace('.', f'.{expert}.')}")
+                yield own, tensor.part((expert * len(matrices) + j) * rows, rows, columns)
+
+
+def halves(heads: int, head_dim: int, rotated: int) -> Rows:
+    """Where rows of q or k lie in a checkpoint whose rotary pairs are neighbours.
+
+    Ours keep the first of every pair of a head, then the second, then what is not rotated; scores do not
+    depend on the order of dimensions that q and k share (Su et al., arXiv:2104.09864, section 3.2.2).
+    """
+    head = np.concatenate([np.arange(0, rotated, 2), np.arange(1, rotated, 2), np.arange(rotated, head_dim)])
+    rows: Rows = (np.arange(heads)[:, None] * head_dim + head).reshape(-1)
+    return rows

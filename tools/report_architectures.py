@@ -1,0 +1,111 @@
+"""Write `docs/architectures.md`: every architecture, and how far its logits lie from transformers'.
+
+    python tools/report_architectures.py
+
+Converts each tiny model of `tests/tiny_configs.py` without loss, runs it, and compares with the logits that
+transformers gave for it (`tests/goldens`, written by `tools/make_goldens.py`). Needs neither torch nor
+transformers.
+"""
+
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import edgert
+from edgert.converters.architectures import VARIANTS
+from edgert.converters.gguf.architectures import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
+sys.path.insert(0, str(ROOT))
+
+from tests import tiny_models  # noqa: E402
+
+PUBLISHED = {
+    "llama": "Llama 1 to 3, SmolLM 1 and 2, TinyLlama, Yi",
+    "mistral": "Mistral 7B, Nemo",
+    "ministral": "Ministral 8B",
+    "qwen2": "Qwen 2 and 2.5",
+    "qwen3": "Qwen 3",
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 270M and 1B",
+    "phi3": "Phi 3 and 4, mini and medium",
+    "smollm3": "SmolLM3",
+    "granite": "Granite 3",
+    "olmo2": "OLMo 2",
+    "glm4": "GLM 4 9B and 32B of 2025",
+    "exaone4": "EXAONE 4",
+    "starcoder2": "StarCoder 2",
+    "stablelm": "StableLM 3B, 2 1.6B",
+    "cohere": "Command R, Aya",
+    "gpt2": "GPT-2",
+    "gpt_neox": "Pythia, GPT-NeoX",
+    "opt": "OPT but 350M",
+    "falcon": "Falcon 1 and 2, falcon-rw",
+    "mixtral": "Mixtral",
+    "olmoe": "OLMoE",
+    "qwen2_moe": "Qwen 1.5 and 2 with experts",
+    "qwen3_moe": "Qwen 3 with experts",
+    "granitemoe": "Granite 3 with experts",
+}
+"""Models of each architecture, for those who know a name and not its `model_type`."""
+
+HEAD = """# Architectures
+
+Every architecture that `edgert convert` reads, by the `model_type` of its `config.json`. An option that
+changes the arithmetic is computed or refused, never ignored. Written by
+
+    python tools/report_architectures.py
+
+"worst" is the largest difference of any logit from transformers {transformers} (float32, eager attention),
+over tiny random models that between them turn on every option (`tests/tiny_configs.py`); their logits have
+a standard deviation of about 1. Weights are f32 and keys and values f16, whose rounding is nearly all of it.
+`tools/make_goldens.py` refuses a model in which an option could be left out unnoticed (less than 0.01 in the
+logits).
+
+| model_type | published models | GGUF | tiny models | worst |
+| --- | --- | --- | ---: | ---: |
+"""
+
+
+def main() -> None:
+    """Measure and write."""
+    index = json.loads((GOLDENS / "index.json").read_text(encoding="utf-8"))
+    worst: dict[str, list[float]] = defaultdict(list)
+    for name, config in tiny_models.CONFIGS.items():
+        worst[config["model_type"]].append(difference(name, index))
+        print(f"{name:34} {worst[config['model_type']][-1]:.1e}")
+    gguf: dict[str, list[str]] = defaultdict(list)
+    for known, architecture in ARCHITECTURES.items():
+        for model_type in (architecture.dense, architecture.experts):
+            gguf[model_type].append(known)
+    gguf["mistral"] = gguf["llama"]
+    rows = [
+        f"| {kind} | {PUBLISHED[kind]} | {', '.join(gguf[kind]) or '-'} | {len(worst[kind])} | "
+        f"{max(worst[kind]):.1e} |"
+        for kind in VARIANTS
+    ]
+    text = HEAD.format(transformers=index["transformers"]) + "\n".join(rows) + "\n"
+    (ROOT / "docs" / "architectures.md").write_text(text, encoding="utf-8")
+
+
+def difference(name: str, index: dict[str, Any]) -> float:
+    """The largest difference of a logit at the stored positions."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "source", Path(folder) / "model.ert"
+        tiny_models.write_folder(source, name)
+        edgert.convert(source, target, quant="f32")
+        with edgert.load(target, threads=1) as model:
+            found = model.logits(index["tokens"])[index["positions"]]
+    expected = np.load(GOLDENS / f"{name}.npy")
+    return float(np.abs(found - expected).max())
+
+
+if __name__ == "__main__":
+    main()
