@@ -16,6 +16,7 @@ from edgert.converters.hf_config import HfConfig, parse_object, read_bytes, read
 from edgert.converters.neurons import Sparsity, with_sparsity
 from edgert.converters.pipeline import Calibration, quant_spec, quants_of, write_model
 from edgert.converters.provenance import provenance
+from edgert.converters.quantize import scaled
 from edgert.converters.report import ConversionReport, Progress
 from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor, open_folder
 from edgert.converters.sentencepiece import MODEL, tokenizer_of
@@ -33,17 +34,16 @@ class HfWeights:
 
     def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32]]:
         """A matrix in slabs of rows."""
-        factor = np.float32(self._decoder.factor(name))
+        factor = self._decoder.factor(name)
         for slab in self._tensors[self._decoder.source_name(name)].rows(slab_rows):
-            yield slab if factor == 1 else slab * factor
+            yield scaled(slab, factor)
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A norm, a bias, or the rotary frequencies."""
         if name in self._decoder.computed:
             return self._decoder.computed[name]
-        factor, offset = np.float32(self._decoder.factor(name)), np.float32(self._decoder.offset(name))
         values = self._tensors[self._decoder.source_name(name)].vector()
-        return values if factor == 1 and not offset else (values + offset) * factor
+        return scaled(values, self._decoder.factor(name), self._decoder.offset(name))
 
     def stored_as(self, name: str) -> str:
         """safetensors' name of a type, like BF16."""

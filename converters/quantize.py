@@ -163,6 +163,15 @@ class Codes:
         return exact and bool(self.values.min() >= low and self.values.max() <= high)
 
 
+def scaled(values: Floats, factor: float, offset: float = 0.0) -> Floats:
+    """(values + offset) * factor; not finite where damaged values are not, and nothing else is said of it."""
+    if factor == 1 and offset == 0:
+        return values
+    with np.errstate(all="ignore"):
+        found: Floats = (values + np.float32(offset)) * np.float32(factor)
+    return found
+
+
 @dataclass(slots=True)
 class Distortion:
     """The rounding error of a tensor, summed slab by slab in float64."""

@@ -41,10 +41,13 @@ class SourceTensor:
 
     def rows(self, slab_rows: int) -> Iterator[NDArray[np.float32]]:
         """A matrix [N, K] as float32 slabs of `slab_rows` rows, the last maybe shorter."""
-        if self.transposed or self.picked is not None:
-            # Read whole: a model whose matrices are stored so has small ones, or is read once per matrix.
+        if self.transposed:  # read whole: no rows of ours lie together
             whole = self.vector().reshape(self.shape)
             yield from (whole[start : start + slab_rows] for start in range(0, len(whole), slab_rows))
+            return
+        if self.picked is not None:
+            for start in range(0, len(self.picked), slab_rows):
+                yield self._picked_rows(self.picked[start : start + slab_rows])
             return
         rows, columns = self.shape
         row_bytes = columns * ITEM_BYTES[self.dtype]
@@ -59,6 +62,11 @@ class SourceTensor:
         at, nbytes = self.offset + first * row_bytes, rows * row_bytes
         return replace(self, shape=(rows, columns), offset=at, nbytes=nbytes)
 
+    @property
+    def readable(self) -> bool:
+        """Whether it is of a type in ITEM_BYTES."""
+        return self.dtype in ITEM_BYTES
+
     def transpose(self) -> "SourceTensor":
         """A matrix stored as [K, N] as one of [N, K]."""
         return replace(self, shape=self.shape[::-1], transposed=True)
@@ -70,18 +78,20 @@ class SourceTensor:
 
     def vector(self) -> NDArray[np.float32]:
         """The whole tensor, flattened, as float32."""
-        if not self.transposed and self.picked is None:
-            return _to_float32(self._read(0, self.nbytes), self.dtype)
-        columns = self.shape[1] if len(self.shape) > 1 else 1
         if self.transposed:
-            values = _to_float32(self._read(0, self.nbytes), self.dtype).reshape(columns, -1).T
+            values = _to_float32(self._read(0, self.nbytes), self.dtype).reshape(self.shape[1], -1).T
             return np.ascontiguousarray(values if self.picked is None else values[self.picked]).reshape(-1)
-        # The rows between the first and the last of those picked.
-        picked = self.picked if self.picked is not None else np.arange(self.shape[0])
-        first, last = int(picked.min()), int(picked.max())
+        if self.picked is not None:
+            return self._picked_rows(self.picked).reshape(-1)
+        return _to_float32(self._read(0, self.nbytes), self.dtype)
+
+    def _picked_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Some rows of what is stored, read with all that lie between them."""
+        columns = self.shape[1] if len(self.shape) > 1 else 1
+        first, last = int(rows.min()), int(rows.max())
         row_bytes = columns * ITEM_BYTES[self.dtype]
         raw = self._read(first * row_bytes, (last + 1 - first) * row_bytes)
-        return _to_float32(raw, self.dtype).reshape(-1, columns)[picked - first].reshape(-1)
+        return _to_float32(raw, self.dtype).reshape(-1, columns)[rows - first]
 
     def same_bytes(self, other: "SourceTensor", piece: int = 1 << 22) -> bool:
         """Whether two tensors are equal bit for bit; reads `piece` bytes at a time."""

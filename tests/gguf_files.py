@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from tests import gguf_others
+
 Floats = NDArray[np.float32]
 
 LAYER = {
@@ -58,12 +60,17 @@ def export(folder: Path, out: Path, kind: str = "F32", parts: int = 0) -> None:
     With `parts` > 0 the file is split into parts of so many tensors each, named after `out`.
     """
     config = json.loads((folder / "config.json").read_text())
-    architecture = ARCHITECTURES.get(config["model_type"], config["model_type"])
+    other = gguf_others.NAMES.get(config["model_type"])
+    architecture = other or ARCHITECTURES.get(config["model_type"], config["model_type"])
     split = {"split_max_tensors": parts, "small_first_shard": False} if parts else {}
     writer = gguf.GGUFWriter(out, architecture, **split)
-    _write_keys(writer, config)
+    if other:
+        gguf_others.write_keys(writer, config)
+    else:
+        _write_keys(writer, config)
     write_vocabulary(writer, json.loads((folder / "tokenizer.json").read_text()), size=config["vocab_size"])
-    for name, values in _tensors(folder, config):
+    stored = {name: v for path in folder.glob("*.safetensors") for name, v in load_file(path).items()}
+    for name, values in gguf_others.tensors(stored, config) if other else _tensors(stored, config):
         put(writer, name, values, "F32" if values.ndim == 1 or "gate_inp" in name else kind)
     finish(writer)
 
@@ -130,8 +137,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": config.get("rope_theta", 10000.0)} | rope
 
 
-def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Floats]]:
-    found = {name: v for path in folder.glob("*.safetensors") for name, v in load_file(path).items()}
+def _tensors(found: dict[str, Floats], config: dict[str, Any]) -> Iterator[tuple[str, Floats]]:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rope = _rope(config)
     if rope.get("rope_type") == "llama3":

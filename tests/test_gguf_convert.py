@@ -251,10 +251,10 @@ def rewritten(folder: Path, change: Change, tensors: dict[str, Any] | None = Non
 
 REFUSED: dict[str, tuple[Change, dict[str, Any], type[EdgertError], str]] = {
     "architecture": (
-        {"general.architecture": "gemma3"},
+        {"general.architecture": "deepseek2"},
         {},
         UnsupportedError,
-        "found architecture 'gemma3', expected one of llama, qwen2, qwen3, qwen2moe, qwen3moe, olmoe",
+        "found architecture 'deepseek2', expected one of llama, qwen2, qwen3, qwen2moe, qwen3moe, olmoe",
     ),
     "adapter": ({"general.type": "adapter"}, {}, NotAModelError, "a GGUF file of type 'adapter'"),
     "experts without number": ({"llama.expert_count": 8}, {}, ConversionError, "found no expert_used_count"),

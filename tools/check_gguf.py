@@ -34,7 +34,7 @@ TOOLS = Path(__file__).resolve().parent
 ROOT = TOOLS.parent
 sys.path.insert(0, str(ROOT))
 
-from tests import gguf_files, tiny_models  # noqa: E402
+from tests import gguf_files, gguf_others, tiny_models  # noqa: E402
 from tools.gguf_texts import TEXTS, byte_level, sentence_piece  # noqa: E402
 
 GOLDENS = ROOT / "tests" / "goldens" / "gguf_tokens.json"
@@ -234,8 +234,10 @@ def files(folder: Path, llama_cpp: Oracle) -> Iterator[Path]:
         path = folder / f"draft.{kind}.gguf"
         gguf_files.export(draft, path, kind)
         yield path
-    for name in RANDOM:
-        tiny_models.write_folder(folder / name, name)
+    options: dict[str, Any] = {**{key: {} for key in RANDOM}, **gguf_others.CASES}
+    for name, changed in options.items():
+        config = tiny_models.CONFIGS[name] | changed
+        tiny_models.write_model(folder / name, config, tiny_models.weights(config, tiny_models.SEED))
         path = folder / f"{name}.F32.gguf"
         gguf_files.export(folder / name, path)
         yield path

@@ -149,6 +149,8 @@ def gguf_samples(folder: Path) -> Iterator[Sample]:
     """Whole and split files, of every vocabulary and several types."""
     kinds = {"llama_gqa_tied": "F16", "qwen2_gqa_tied": "Q8_0", "llama_rope_llama3": "Q4_0"}
     kinds |= {"mixtral_gqa_tied": "Q4_0", "qwen2_moe_shared": "Q8_0"}
+    kinds |= {"gemma2_caps": "Q4_0", "phi3_partial_longrope": "F16", "granite_untied_head_dim": "Q8_0"}
+    kinds |= {"gpt_neox_parallel": "F16", "glm4_gqa": "Q8_0", "smollm3_no_rope_layers": "F32"}
     for name, kind in kinds.items():
         tiny_models.write_folder(folder / name, name)
         for part, make in enumerate((None, byte_level, sentence_piece)):
@@ -201,7 +203,9 @@ def _every_type(path: Path) -> bytes:
 def hf_samples(folder: Path) -> Iterator[Sample]:
     """Folders in one and in two shards."""
     names = ("llama_rope_llama3", tiny_models.SHARDED, "mistral_window_yarn_factor", "granitemoe_tied")
-    for name in (*names, "qwen3_moe_biases_window"):
+    gated = ("gemma2_caps", "gemma3_scaled_cap_v4", "phi3_partial_longrope", "smollm3_windows", "glm4_gqa")
+    plain = ("gpt2_defaults", "gpt_neox_parallel", "opt_relu", "falcon_alibi", "cohere_tied")
+    for name in (*names, *gated, *plain, "exaone4_hybrid", "qwen3_moe_biases_window"):
         tiny_models.write_folder(folder / name, name)
         (folder / name / "tokenizer_config.json").write_text(
             json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "{{ 1 }}"})
@@ -216,7 +220,12 @@ def hf_samples(folder: Path) -> Iterator[Sample]:
 
 def ert_samples(folder: Path) -> Iterator[Sample]:
     """Files of every quantisation."""
-    for name, quant in (("llama_gqa_tied", "q4"), ("qwen2_moe_shared", "q8"), ("qwen3_mha_biases", "f16")):
+    for name, quant in (
+        ("llama_gqa_tied", "q4"),
+        ("qwen2_moe_shared", "q8"),
+        ("qwen3_mha_biases", "f16"),
+        ("gpt2_defaults", "q8"),
+    ):
         tiny_models.write_folder(folder / name, name)
         convert(folder / name, folder / f"{name}.ert", quant)
         yield {"m.ert": (folder / f"{name}.ert").read_bytes()}

@@ -19,6 +19,7 @@ import numpy as np
 import edgert
 from edgert.converters.architectures import VARIANTS
 from edgert.converters.gguf.architectures import ARCHITECTURES
+from edgert.converters.gguf.described import DESCRIBED
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
@@ -85,6 +86,8 @@ def main() -> None:
     for known, architecture in ARCHITECTURES.items():
         for model_type in (architecture.dense, architecture.experts):
             gguf[model_type].append(known)
+    for known, described in DESCRIBED.items():
+        gguf[described.model_type].append(known)
     gguf["mistral"] = gguf["llama"]
     rows = [
         f"| {kind} | {PUBLISHED[kind]} | {', '.join(gguf[kind]) or '-'} | {len(worst[kind])} | "

@@ -1,19 +1,36 @@
 """From the tensors of a checkpoint to one for each of ours: what is fused, transposed or in another order."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import ModelSpec
 from edgert.converters.architectures.names import LAYERS, source_name
-from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor
+from edgert.converters.safetensors_source import SourceTensor
 
 Rows = NDArray[np.int64]
+ROTATED: Final = frozenset({"q", "q_bias", "k", "k_bias"})
+
+T = TypeVar("T", bound="Pickable")
+
+
+class Pickable(Protocol):
+    """A tensor of any source, of which rows can be taken."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows first."""
+
+    @property
+    def readable(self) -> bool:
+        """Whether it is of a type that we read."""
+
+    def pick(self: T, rows: Rows) -> T:
+        """Some rows of a matrix, or values of a vector, in another order."""
 
 
 class Cut(Protocol):
@@ -69,9 +86,6 @@ class Grouped:
         return {name + self.suffix: part.reshape(-1) for name, part in parts.items()}
 
 
-ROTATED: Final = frozenset({"q", "q_bias", "k", "k_bias"})
-
-
 @dataclass(frozen=True, slots=True)
 class Shifted:
     """One of ours behind some rows that are never used."""
@@ -108,9 +122,9 @@ class Layout:
         """The name in the checkpoint, after cutting, of a tensor of ours or of one matrix of an expert."""
         return source_name(name, self.names, self.layers)
 
-    def split(self, tensors: Mapping[str, SourceTensor], spec: ModelSpec) -> dict[str, SourceTensor]:
-        """The tensors with each of ours by itself, under its `source_name`."""
-        found = dict(self._cut(self._with_base(tensors), spec))
+    def split(self, tensors: Mapping[str, T], spec: ModelSpec) -> dict[str, T]:
+        """The tensors with each of ours by itself, under its `source_name`, and rows in our order."""
+        found = dict(self._cut(tensors))
         if self.interleaved:
             for layer in range(spec.layers):
                 for part in ROTATED:
@@ -121,32 +135,44 @@ class Layout:
                         found[name] = tensor.pick(halves(heads, spec.head_dim, spec.rotated))
         return found
 
+    def _cut(self, tensors: Mapping[str, T]) -> Iterator[tuple[str, T]]:
+        for name, tensor in tensors.items():
+            layer, part = self._place(name)
+            cut = self.cuts.get(part)
+            if cut is None or not tensor.readable or tensor.shape[:1] != (cut.total,):
+                yield name, tensor
+                continue
+            for ours, rows in cut.parts().items():
+                yield self.source_name(f"layers.{layer}.{ours}" if layer else ours), tensor.pick(rows)
+
+    def _place(self, name: str) -> tuple[str, str]:
+        """The layer of a tensor and its name there; "" and its whole name for one of no layer."""
+        number, dot, part = name.removeprefix(self.layers).partition(".")
+        inside = name.startswith(self.layers) and dot and number.isdecimal()
+        return (number, part) if inside else ("", name)
+
+    def untangled(self, tensors: Mapping[str, SourceTensor], spec: ModelSpec) -> dict[str, SourceTensor]:
+        """The tensors of a folder as `split` takes them: each [N, K], and one for each expert's matrix."""
+        return dict(self._untangled(self._with_base(tensors), spec))
+
+    def _untangled(
+        self, tensors: Iterable[tuple[str, SourceTensor]], spec: ModelSpec
+    ) -> Iterator[tuple[str, SourceTensor]]:
+        for name, tensor in tensors:
+            layer, part = self._place(name)
+            if part in self.transposed and len(tensor.shape) == 2:
+                yield name, tensor.transpose()
+            elif part in self.experts and tensor.readable:
+                yield from self._cut_experts(name, tensor, layer, self.experts[part], spec)
+            else:
+                yield name, tensor
+
     def _with_base(self, tensors: Mapping[str, SourceTensor]) -> Iterator[tuple[str, SourceTensor]]:
         named = any(name.startswith(self.base) for name in tensors)
         for found, tensor in tensors.items():
             name = self.renamed.get(found, found)
             if not name.endswith(self.ignored):
                 yield name if named or name == "lm_head.weight" else self.base + name, tensor
-
-    def _cut(
-        self, tensors: Iterable[tuple[str, SourceTensor]], spec: ModelSpec
-    ) -> Iterator[tuple[str, SourceTensor]]:
-        pattern = re.compile(re.escape(self.layers) + r"(\d{1,5})\.(.*)")
-        for name, tensor in tensors:
-            match = pattern.fullmatch(name)
-            layer, part = match.groups() if match else ("", name)
-            if tensor.dtype not in ITEM_BYTES:
-                yield name, tensor
-                continue
-            if part in self.transposed and len(tensor.shape) == 2:
-                tensor = tensor.transpose()
-            if part in self.experts:
-                yield from self._cut_experts(name, tensor, layer, self.experts[part], spec)
-            elif part in self.cuts and tensor.shape[:1] == (self.cuts[part].total,):
-                for ours, rows in self.cuts[part].parts().items():
-                    yield self.source_name(f"layers.{layer}.{ours}" if layer else ours), tensor.pick(rows)
-            else:
-                yield name, tensor
 
     def _cut_experts(
         self, name: str, tensor: SourceTensor, layer: str, matrices: tuple[str, ...], spec: ModelSpec

@@ -84,7 +84,8 @@ class Decoder:
 
     def split(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
         """The tensors of a checkpoint with each of ours by itself."""
-        return self.variant.layout.split(tensors, self.spec)
+        layout = self.variant.layout
+        return layout.split(layout.untangled(tensors, self.spec), self.spec)
 
 
 def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> Decoder:

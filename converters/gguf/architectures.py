@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
+from edgert.converters.architectures.names import source_name
+
 ROPE_FACTORS: Final = "rope_freqs.weight"
 """[d/2]: what Llama 3 divides each frequency by; llama.cpp's converter computes it."""
 
@@ -59,11 +61,15 @@ REFUSED: Final[dict[str, tuple[object, ...]]] = {
 
 _TOP_NAMES: Final = {
     "token_embedding": "token_embd.weight",
+    "position_embedding": "position_embd.weight",
     "output_norm": "output_norm.weight",
+    "output_norm_bias": "output_norm.bias",
     "output": "output.weight",
 }
 _LAYER_NAMES: Final = {
     "attention_norm": "attn_norm.weight",
+    "attention_norm_bias": "attn_norm.bias",
+    "attention_post_norm": "post_attention_norm.weight",
     "q": "attn_q.weight",
     "q_bias": "attn_q.bias",
     "k": "attn_k.weight",
@@ -75,6 +81,8 @@ _LAYER_NAMES: Final = {
     "o": "attn_output.weight",
     "o_bias": "attn_output.bias",
     "ffn_norm": "ffn_norm.weight",
+    "ffn_norm_bias": "ffn_norm.bias",
+    "ffn_post_norm": "post_ffw_norm.weight",
     "gate": "ffn_gate.weight",
     "gate_bias": "ffn_gate.bias",
     "up": "ffn_up.weight",
@@ -95,15 +103,17 @@ EXPERT_NAMES: Final = {
 """Tensors of all experts of a layer, [E, rows, columns]."""
 
 
-def gguf_name(name: str) -> str:
-    """The name llama.cpp gives a tensor of `edgert.format.declared`.
+NAMES: Final = (
+    _TOP_NAMES | _LAYER_NAMES | {f"experts.{part}": f"{name}.{{}}" for part, name in EXPERT_NAMES.items()}
+)
+"""What llama.cpp calls a tensor of `edgert.format.declared`, by its name in its layer.
 
-    A matrix of one expert, which it stores within a larger tensor, gets that one's name and its
-    number: blk.3.ffn_up_exps.weight.5.
-    """
-    match name.split("."):
-        case ["layers", layer, "experts", expert, part]:
-            return f"blk.{layer}.{EXPERT_NAMES[part]}.{expert}"
-        case ["layers", layer, part]:
-            return f"blk.{layer}.{_LAYER_NAMES[part]}"
-    return _TOP_NAMES[name]
+A matrix of one expert, which it stores within a larger tensor, gets that one's name and its number:
+blk.3.ffn_up_exps.weight.5.
+"""
+LAYERS: Final = "blk."
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a tensor of `edgert.format.declared`."""
+    return source_name(name, NAMES, LAYERS)

@@ -4,17 +4,35 @@ Keys are named after the architecture (`llama.block_count`). llama.cpp gives one
 every model it computes like Llama; Mistral is one of them.
 """
 
-import math
 from collections.abc import Iterable
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final
 
 from edgert.config import GLOBAL_ROPE, ModelSpec
 from edgert.converters.architectures import Decoder
-from edgert.converters.gguf.architectures import ARCHITECTURES, REFUSED, ROPE_FACTORS, Architecture, gguf_name
-from edgert.converters.gguf.reader import GgufFile, GgufTensor
+from edgert.converters.architectures.cuts import Layout
+from edgert.converters.architectures.family import Variant
+from edgert.converters.gguf.architectures import (
+    ARCHITECTURES,
+    LAYERS,
+    NAMES,
+    REFUSED,
+    Architecture,
+    gguf_name,
+)
+from edgert.converters.gguf.described import DESCRIBED, read_described
+from edgert.converters.gguf.keys import (
+    bos_id,
+    divided,
+    has,
+    head_dim,
+    layer_count,
+    own_keys,
+    rope_parameters,
+    rows_of,
+    uniform,
+    vocab,
+)
+from edgert.converters.gguf.reader import GgufFile
 from edgert.converters.hf_config import HfConfig, shown
 from edgert.converters.rope import make_rope
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
@@ -31,48 +49,52 @@ def read_decoder(file: GgufFile, eos_ids: Iterable[int]) -> Decoder:
     for a GGUF file of something else, ConversionError for keys that are missing or impossible.
     """
     name = _name(file)
-    config, architecture = _own_keys(file, name), ARCHITECTURES[name]
+    if name in DESCRIBED:
+        return read_described(file, name, eos_ids)
+    config, architecture = own_keys(file, name), ARCHITECTURES[name]
     for key, neutral in REFUSED.items():
         config.refuse_unless(key, *neutral)
     experts = _expert_count(config, architecture)
-    layers, width = _layers(config, file), config.integer("embedding_length")
-    heads = _uniform(config, "attention.head_count")
-    head_dim = _head_dim(config, max(1, width // heads))
+    layers, width = layer_count(config, file), config.integer("embedding_length")
+    heads = uniform(config, "attention.head_count")
+    d = head_dim(config, max(1, width // heads))
     context = config.integer("context_length")
-    rope = make_rope(_rope_parameters(config, context), head_dim, context)
+    rope = make_rope(rope_parameters(config, context), d, context)
     try:
         spec = ModelSpec(
             architecture=architecture.experts if experts else architecture.dense,
             layers=layers,
             width=width,
             heads=heads,
-            kv_heads=_uniform(config, "attention.head_count_kv", heads),
-            head_dim=head_dim,
-            ffn_width=_uniform(config, "feed_forward_length"),
-            vocab=_vocab(file),
+            kv_heads=uniform(config, "attention.head_count_kv", heads),
+            head_dim=d,
+            ffn_width=uniform(config, "feed_forward_length"),
+            vocab=vocab(file),
             context=rope.context,
             norm_eps=config.number("attention.layer_norm_rms_epsilon"),
             tied_embeddings=gguf_name("output") not in file.tensors,
-            qkv_bias=_has(file, "q_bias"),
-            output_bias=_has(file, "o_bias"),
-            ffn_bias=_has(file, "gate_bias"),
+            qkv_bias=has(file, "q_bias"),
+            output_bias=has(file, "o_bias"),
+            ffn_bias=has(file, "gate_bias"),
             qk_norm=architecture.qk_norm,
             joint_qk_norm=architecture.joint_qk_norm,
             windows=_windows(config, name, layers, rope.context),
             experts=experts,
             active_experts=config.integer("expert_used_count") if experts else 0,
-            expert_width=_rows(file, "blk.0.ffn_gate_exps.weight") if experts else 0,
-            shared_width=_rows(file, gguf_name("layers.0.shared_gate")) if experts else 0,
+            expert_width=rows_of(file, "blk.0.ffn_gate_exps.weight") if experts else 0,
+            shared_width=rows_of(file, gguf_name("layers.0.shared_gate")) if experts else 0,
             normalized_routing=experts > 0 and architecture.normalized,
             rope_theta=rope.theta,
             rope_scaling=rope.kind,
             rope_magnitude=rope.magnitude,
-            bos_id=_bos_id(file),
+            bos_id=bos_id(file),
             eos_ids=tuple(eos_ids),
         )
     except ValueError as error:
         raise ConversionError(f"{config.where}: {error}; download the file again") from None
-    return Decoder(spec, {rope_name(GLOBAL_ROPE): _divided(rope.frequencies, file)})
+    layout = Layout(names=NAMES, layers=LAYERS, interleaved=architecture.interleaved)
+    computed = {rope_name(GLOBAL_ROPE): divided(rope.frequencies, file)}
+    return Decoder(spec, computed, Variant(layout=layout))
 
 
 def _name(file: GgufFile) -> str:
@@ -83,20 +105,13 @@ def _name(file: GgufFile) -> str:
             f"{file.path}: found a GGUF file of type {shown(kind)}, expected model; convert the model itself"
         )
     name = found.text("general.architecture")
-    if name not in ARCHITECTURES:
+    if name not in ARCHITECTURES and name not in DESCRIBED:
+        known = ", ".join((*ARCHITECTURES, *DESCRIBED))
         raise UnsupportedError(
-            f"{file.path}: found architecture {shown(name)}, expected one of {', '.join(ARCHITECTURES)}; "
+            f"{file.path}: found architecture {shown(name)}, expected one of {known}; "
             "convert a model of a supported architecture"
         )
     return name
-
-
-def _own_keys(file: GgufFile, name: str) -> HfConfig:
-    """The architecture's keys without its name."""
-    prefix = f"{name}."
-    values = {key[len(prefix) :]: value for key, value in file.metadata.items() if key.startswith(prefix)}
-    plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}
-    return HfConfig(plain, f"{file.path}: {name}")
 
 
 def _expert_count(config: HfConfig, architecture: Architecture) -> int:
@@ -113,118 +128,6 @@ def _expert_count(config: HfConfig, architecture: Architecture) -> int:
     return count
 
 
-def _rows(file: GgufFile, name: str) -> int:
-    """The rows of a tensor's matrices, 0 if it is not in the file."""
-    tensor = file.tensors.get(name)
-    return tensor.shape[-2] if tensor and len(tensor.shape) > 1 else 0
-
-
-def _layers(config: HfConfig, file: GgufFile) -> int:
-    """No more than the file can hold: what comes next makes lists of so many."""
-    layers = config.integer("block_count")
-    if layers > len(file.tensors):
-        raise ConversionError(
-            f"{config.where}: found block_count {layers}, expected no more than the {len(file.tensors)} "
-            "tensors of the file; download the file again"
-        )
-    return layers
-
-
-def _vocab(file: GgufFile) -> int:
-    """A row of the embedding for every token; there may be more rows."""
-    rows, tokens = _embedding(file).shape[0], file.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, list) and len(tokens) > rows:
-        raise ConversionError(
-            f"{file.path}: found {len(tokens)} tokens and token_embd.weight of {rows} rows, "
-            "expected a row for each; download the file again"
-        )
-    return rows
-
-
-def _embedding(file: GgufFile) -> GgufTensor:
-    tensor = file.tensors.get(gguf_name("token_embedding"))
-    if tensor is None or len(tensor.shape) != 2:
-        found = f"{list(tensor.shape)}" if tensor else "none"
-        raise ConversionError(
-            f"{file.path}: found {found} for token_embd.weight, expected a matrix; "
-            "convert a file that holds a whole model"
-        )
-    return tensor
-
-
-def _has(file: GgufFile, part: str) -> bool:
-    return gguf_name(f"layers.0.{part}") in file.tensors
-
-
-def _uniform(config: HfConfig, key: str, default: int | None = None) -> int:
-    """A number that some architectures give for each layer; edgert has one for all."""
-    value = config.values.get(key)
-    if not isinstance(value, list):
-        return config.integer(key, default)
-    if any(item != value[0] for item in value):
-        raise UnsupportedError(
-            f"{config.where}: found {key} {shown(value)}, expected one number for all layers; "
-            "convert another model"
-        )
-    return HfConfig(dict.fromkeys([key], *value[:1]), config.where).integer(key, default)
-
-
-def _head_dim(config: HfConfig, default: int) -> int:
-    """Keys, values and rotated dimensions are of one size in what edgert computes."""
-    head_dim = config.integer("attention.key_length", default)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if config.integer(key, head_dim) != head_dim:
-            raise UnsupportedError(
-                f"{config.where}: found {key} {config.values[key]} where keys take {head_dim}, "
-                "expected the same; convert another model"
-            )
-    return head_dim
-
-
-def _rope_parameters(config: HfConfig, context: int) -> HfConfig:
-    """The rotary embedding under the names of Hugging Face, whose rules are the same."""
-    kind = config.text("rope.scaling.type", "none")
-    if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedError(
-            f"{config.where}: found rope.scaling.type {shown(kind)}, expected none, linear or yarn; "
-            "convert another model"
-        )
-    theta = config.number("rope.freq_base", 10000.0)
-    where = f"{config.where}: rope"
-    if kind == "none":
-        return HfConfig({"rope_type": "default", "rope_theta": theta}, where)
-    factor = config.number("rope.scaling.factor", 1.0)
-    values: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": factor}
-    if kind == "yarn":
-        # ggml's rope_yarn multiplies attn_factor by YaRN's own 0.1 ln(factor) + 1.
-        magnitude = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-        values |= {
-            "original_max_position_embeddings": config.integer(
-                "rope.scaling.original_context_length", context
-            ),
-            "beta_fast": config.number("rope.scaling.yarn_beta_fast", 32.0),
-            "beta_slow": config.number("rope.scaling.yarn_beta_slow", 1.0),
-            "attention_factor": magnitude * config.number("rope.scaling.attn_factor", 1.0),
-        }
-    return HfConfig(values, where)
-
-
-def _divided(frequencies: NDArray[np.float32], file: GgufFile) -> NDArray[np.float32]:
-    """The frequencies over the factors of the file, if it has any."""
-    factors = file.tensors.get(ROPE_FACTORS)
-    if factors is None:
-        return frequencies
-    readable = factors.shape == frequencies.shape and factors.kind.decode
-    values = factors.vector() if readable else np.empty(0, np.float32)
-    if not (values.shape == frequencies.shape and (values > 0).all() and np.isfinite(values).all()):
-        raise ConversionError(
-            f"{file.path}: found {ROPE_FACTORS} of shape {list(factors.shape)} in {factors.kind.name}, "
-            f"expected {len(frequencies)} numbers > 0; download the file again"
-        )
-    divided: NDArray[np.float32] = frequencies / values
-    return divided
-
-
 def _windows(config: HfConfig, name: str, layers: int, context: int) -> tuple[int, ...]:
     """Mistral's window, in every layer. Which layers of Qwen have one is not in the file."""
     size = config.integer("attention.sliding_window", 0, least=0)
@@ -236,9 +139,3 @@ def _windows(config: HfConfig, name: str, layers: int, context: int) -> tuple[in
             "expected none, for the file does not say which layers have it; convert the Hugging Face folder"
         )
     return (size,) * layers
-
-
-def _bos_id(file: GgufFile) -> int | None:
-    found = HfConfig(file.metadata, str(file.path))
-    key = "tokenizer.ggml.bos_token_id"
-    return found.integer(key, least=0) if found.has(key) else None

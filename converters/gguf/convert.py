@@ -10,32 +10,20 @@ from numpy.typing import NDArray
 
 from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
 from edgert.converters.architectures import Decoder
-from edgert.converters.gguf.architectures import ARCHITECTURES, EXPERT_NAMES, ROPE_FACTORS, gguf_name
+from edgert.converters.gguf.architectures import EXPERT_NAMES, ROPE_FACTORS
 from edgert.converters.gguf.config import read_decoder
 from edgert.converters.gguf.reader import GgufFile, GgufTensor, open_gguf
 from edgert.converters.gguf.types import WEIGHT_TYPES
 from edgert.converters.gguf.vocabulary import Vocabulary, read_vocabulary
 from edgert.converters.hf_config import HfConfig, shown
-from edgert.converters.pipeline import ROPE, Calibration, quant_spec, quants_of, write_model
+from edgert.converters.pipeline import Calibration, quant_spec, quants_of, write_model
 from edgert.converters.provenance import provenance
-from edgert.converters.quantize import Codes
+from edgert.converters.quantize import Codes, scaled
 from edgert.converters.report import ConversionReport, Progress
 from edgert.errors import ConversionError, UnsupportedError
 from edgert.format.tensors import declared, iter_declared, matrices_in
 
-INTERLEAVED = frozenset(
-    name for known in ARCHITECTURES.values() if known.interleaved for name in (known.dense, known.experts)
-)
 SHARED_ROUTER = ".ffn_gate_inp_shexp.weight"  # [D] in the file, a matrix of one row in ours
-REORDERED = frozenset({"q", "q_bias", "k", "k_bias"})
-"""The tensors whose rows llama.cpp's converter reorders for an interleaved rotary embedding."""
-
-
-def halves_apart(rows: NDArray[np.int64], head_dim: int) -> NDArray[np.int64]:
-    """Where rows of q or k lie in a file that keeps the rotary pair (i, i + d/2) side by side."""
-    head, place = rows // head_dim, rows % head_dim
-    half, pair = place // (head_dim // 2), place % (head_dim // 2)
-    return head * head_dim + 2 * pair + half
 
 
 class GgufWeights:
@@ -47,35 +35,33 @@ class GgufWeights:
 
     def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32] | Codes]:
         """A matrix in slabs of rows."""
-        tensor = self._tensors[gguf_name(name)]
+        tensor, factor = self._tensors[self._decoder.source_name(name)], self._decoder.factor(name)
         for start in range(0, tensor.shape[0], slab_rows):
-            end = min(start + slab_rows, tensor.shape[0])
-            yield tensor.kind.weights(self._bytes(name, tensor, start, end))
+            weights = tensor.kind.weights(tensor.rows(start, min(slab_rows, tensor.shape[0] - start)))
+            yield _times(weights, factor)
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        """A norm, a bias, or the rotary frequencies."""
+        """A norm, a bias, or what is computed."""
         if name in self._decoder.computed:
             return self._decoder.computed[name]
-        values = self._tensors[gguf_name(name)].vector()
-        if not self._is_reordered(name):
-            return values
-        return values[halves_apart(np.arange(len(values)), self._decoder.spec.head_dim)]
+        values, factor = self._tensors[self._decoder.source_name(name)].vector(), self._decoder.factor(name)
+        return scaled(values, factor)
 
     def stored_as(self, name: str) -> str:
         """GGUF's name of a type, like Q4_K."""
-        return "" if name in self._decoder.computed else self._tensors[gguf_name(name)].kind.name
+        computed = name in self._decoder.computed
+        return "" if computed else self._tensors[self._decoder.source_name(name)].kind.name
 
-    def _bytes(self, name: str, tensor: GgufTensor, start: int, end: int) -> NDArray[np.uint8]:
-        if not self._is_reordered(name):
-            return tensor.rows(start, end - start)
-        # A row's place is within its own head: the whole heads around the slab have them all.
-        head_dim = self._decoder.spec.head_dim
-        first, last = start // head_dim * head_dim, -(-end // head_dim) * head_dim
-        found: NDArray[np.uint8] = tensor.rows(first, last - first)
-        return found[halves_apart(np.arange(start, end), head_dim) - first]
 
-    def _is_reordered(self, name: str) -> bool:
-        return self._decoder.spec.architecture in INTERLEAVED and name.split(".")[-1] in REORDERED
+def _times(weights: NDArray[np.float32] | Codes, factor: float) -> NDArray[np.float32] | Codes:
+    """Weights times a factor; scales stay float16, so that what ours holds without loss it still holds."""
+    if not isinstance(weights, Codes):
+        return scaled(weights, factor)
+    if factor == 1:
+        return weights
+    with np.errstate(all="ignore"):
+        scales = (weights.scales * np.float32(factor)).astype(np.float16).astype(np.float32)
+    return Codes(weights.values, scales)
 
 
 def by_matrix(spec: ModelSpec, tensors: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:
@@ -111,10 +97,11 @@ def convert_gguf(
     file = open_gguf(Path(path))
     vocabulary = read_vocabulary(file)
     decoder = read_decoder(file, vocabulary.eos_ids)
-    file = replace(file, tensors=by_matrix(decoder.spec, file.tensors))
-    check_tensors(decoder.spec, file)
+    layout = decoder.variant.layout
+    file = replace(file, tensors=layout.split(by_matrix(decoder.spec, file.tensors), decoder.spec))
+    check_tensors(decoder, file)
     if quant is None:
-        quants = _kept(decoder.spec, file.tensors)
+        quants = _kept(decoder, file.tensors)
     else:
         quants = quants_of(decoder.spec, quant_spec(quant))
     weights = GgufWeights(decoder, file.tensors)
@@ -123,25 +110,26 @@ def convert_gguf(
     return write_model(Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress, calibration)
 
 
-def _kept(spec: ModelSpec, tensors: Mapping[str, GgufTensor]) -> dict[str, Quant]:
+def _kept(decoder: Decoder, tensors: Mapping[str, GgufTensor]) -> dict[str, Quant]:
     """The type each matrix keeps; the three of an expert, stored as one, take the most precise of theirs."""
     found: dict[str, Quant] = {}
-    for decl in declared(spec):
+    for decl in declared(decoder.spec):
         if decl.role in ("matrix", "expert"):
-            kinds = {tensors[gguf_name(name)].kind.kept_as for name, _, _ in matrices_in(decl)}
+            kinds = {tensors[decoder.source_name(name)].kind.kept_as for name, _, _ in matrices_in(decl)}
             found[decl.name] = next(quant for quant in QUANTS if quant in kinds)  # most precise first
     return found
 
 
-def check_tensors(spec: ModelSpec, file: GgufFile) -> None:
+def check_tensors(decoder: Decoder, file: GgufFile) -> None:
     """Every tensor of the spec is there, in its shape and a type we read, and no other is."""
-    strangers = set(file.tensors) - {ROPE_FACTORS}
+    spec = decoder.spec
+    strangers = set(file.tensors) - {ROPE_FACTORS, *decoder.variant.layout.ignored}
     for decl in iter_declared(spec):
-        if decl.name == ROPE:
+        if decl.name in decoder.computed:
             continue
         parts: list[tuple[str, tuple[int, ...]]] = [(part, (n, k)) for part, n, k in matrices_in(decl)]
         for part, shape in parts or [(decl.name, decl.shape)]:
-            name = gguf_name(part)
+            name = decoder.source_name(part)
             _check_tensor(shape, name, file)
             strangers.discard(name)
     if strangers:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -47,6 +47,12 @@ class GgufTensor:
     kind: TensorType
     shape: tuple[int, ...]  # rows first: the reverse of the file's order
     offset: int  # from the start of the file
+    picked: NDArray[np.int64] | None = field(default=None, compare=False)  # rows, where not all in order
+
+    @property
+    def readable(self) -> bool:
+        """Whether it is of a type that holds weights."""
+        return self.kind.decode is not None
 
     @property
     def nbytes(self) -> int:
@@ -61,11 +67,24 @@ class GgufTensor:
     def rows(self, start: int, count: int) -> NDArray[np.uint8]:
         """The stored bytes of rows of a matrix [N, K]: [count, bytes of a row]."""
         row_bytes = self.shape[1] // self.kind.block * self.kind.nbytes
-        raw = self._read(start * row_bytes, count * row_bytes)
-        return np.frombuffer(raw, np.uint8).reshape(count, row_bytes)
+        if self.picked is None:
+            raw = self._read(start * row_bytes, count * row_bytes)
+            return np.frombuffer(raw, np.uint8).reshape(count, row_bytes)
+        rows = self.picked[start : start + count]  # read with all that lie between them
+        first, last = int(rows.min()), int(rows.max())
+        raw = self._read(first * row_bytes, (last + 1 - first) * row_bytes)
+        return np.frombuffer(raw, np.uint8).reshape(-1, row_bytes)[rows - first]
+
+    def pick(self, rows: NDArray[np.int64]) -> "GgufTensor":
+        """Some rows of a matrix, or values of a vector, in another order."""
+        rows = rows if self.picked is None else self.picked[rows]
+        return replace(self, shape=(len(rows), *self.shape[1:]), picked=rows)
 
     def vector(self) -> NDArray[np.float32]:
         """The whole tensor, flattened, as float32."""
+        if self.picked is not None:
+            length = int(self.picked.max()) + 1
+            return replace(self, shape=(length,), picked=None).vector()[self.picked]
         raw = np.frombuffer(self._read(0, self.nbytes), np.uint8)
         weights = self.kind.weights(raw[None])
         return (weights.floats() if isinstance(weights, Codes) else weights).reshape(-1)

@@ -1,0 +1,74 @@
+"""GGUF files of architectures that are read as their config.json: the same .ert file as from the folder."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import edgert
+from edgert.config import ModelSpec
+from edgert.errors import ConversionError, UnsupportedError
+from edgert.format import ErtFile
+from edgert.format.verify import check
+from edgert.kernels import packing
+from tests import gguf_files, gguf_others, tiny_models
+
+
+def exported(folder: Path, name: str, kind: str = "F32", **options: Any) -> Path:
+    config = tiny_models.CONFIGS[name] | gguf_others.CASES[name] | options
+    tiny_models.write_model(folder / name, config, tiny_models.weights(config, tiny_models.SEED))
+    gguf_files.export(folder / name, folder / "m.gguf", kind)
+    return folder / "m.gguf"
+
+
+@pytest.mark.parametrize("name", gguf_others.CASES)
+def test_the_same_weights_and_spec_as_from_the_folder(name: str, tmp_path: Path) -> None:
+    """GGUF holds single precision of the numbers that weights are multiplied by."""
+    edgert.convert(exported(tmp_path, name), tmp_path / "gguf.ert")
+    edgert.convert(tmp_path / name, tmp_path / "folder.ert", quant="f32")
+    with ErtFile.open(tmp_path / "gguf.ert") as ours, ErtFile.open(tmp_path / "folder.ert") as expected:
+        assert as_single(ours.spec) == as_single(replace(expected.spec, bos_id=1, eos_ids=(2,)))
+        for tensor in expected.tensors.values():
+            if tensor.name == "tokenizer.json":
+                continue
+            found, wanted = ours.tensors[tensor.name], tensor
+            assert found.shape == wanted.shape
+            if found.quant == wanted.quant == "f32":
+                a, b = (f.raw(tensor.name).view("<f4") for f in (ours, expected))
+                np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7, err_msg=tensor.name)
+    check(tmp_path / "gguf.ert")
+
+
+def as_single(spec: ModelSpec) -> ModelSpec:
+    """A spec with its numbers in single precision."""
+    names = ("norm_eps", "rope_magnitude", "rope_theta", "attention_cap", "logit_cap")
+    return replace(spec, **{name: round(float(np.float32(getattr(spec, name))), 6) for name in names})
+
+
+@pytest.mark.parametrize("name", ["gemma2_caps", "granite_untied_head_dim"])
+def test_quantised_weights_take_a_factor_and_stay_what_they_are(name: str, tmp_path: Path) -> None:
+    """Of Q8_0 the codes are kept, and only the scales change: by less than the rounding of a float16."""
+    path = exported(tmp_path, name, "Q8_0", hidden_size=64, head_dim=16)
+    edgert.convert(path, tmp_path / "gguf.ert")
+    edgert.convert(path, tmp_path / "exact.ert", quant="f32")
+    with ErtFile.open(tmp_path / "gguf.ert") as ours, ErtFile.open(tmp_path / "exact.ert") as exact:
+        for part in ("token_embedding", "layers.0.q", "layers.0.o", "layers.0.down"):
+            tensor = ours.tensors[part]
+            assert tensor.quant == "q8"
+            found, wanted = (
+                packing.unpack(f.tensors[part].quant, f.raw(part), *packing.padded(*tensor.shape))
+                for f in (ours, exact)
+            )
+            np.testing.assert_allclose(found, wanted, rtol=2.0**-10, atol=1e-6)
+
+
+def test_what_the_file_cannot_mean_is_refused(tmp_path: Path) -> None:
+    path = exported(tmp_path, "granite_untied_head_dim")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"granite.attention.head_count") + len(b"granite.attention.head_count") + 4
+    data[at : at + 4] = (3).to_bytes(4, "little")  # kv heads do not divide them
+    path.write_bytes(data)
+    with pytest.raises((ConversionError, UnsupportedError)):
+        edgert.convert(path, tmp_path / "m.ert")
