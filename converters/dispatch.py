@@ -25,6 +25,7 @@ def convert(
     exits: str | os.PathLike[str] | None = None,
     calibration: Calibration | None = None,
     sparsity: Sparsity = "auto",
+    dry_run: bool = False,
 ) -> ConversionReport:
     """Convert a model to an .ert file and report size and error of every tensor.
 
@@ -54,9 +55,16 @@ def convert(
             raise OptionError(
                 f"sparsity is {sparsity}; expected none for a GGUF file, convert the model's folder"
             )
-        return convert_gguf(source, out, quant, progress=progress, calibration=calibration)
+        return convert_gguf(source, out, quant, progress=progress, calibration=calibration, dry_run=dry_run)
     return convert_hf(
-        source, out, quant or "q4", exits=exits, sparsity=sparsity, progress=progress, calibration=calibration
+        source,
+        out,
+        quant or "q4",
+        exits=exits,
+        sparsity=sparsity,
+        progress=progress,
+        calibration=calibration,
+        dry_run=dry_run,
     )
 
 

@@ -60,6 +60,7 @@ def convert_hf(
     sparsity: Sparsity = "auto",
     progress: Progress | None = None,
     calibration: Calibration | None = None,
+    dry_run: bool = False,
 ) -> ConversionReport:
     """Convert a Hugging Face folder to an .ert file, one slab of rows in memory at a time.
 
@@ -84,7 +85,9 @@ def convert_hf(
     )
     weights = HfWeights(decoder, tensors)
     quants = quants_of(decoder.spec, quant)
-    return write_model(Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress, calibration)
+    return write_model(
+        Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress, calibration, dry_run
+    )
 
 
 @dataclass(frozen=True, slots=True)

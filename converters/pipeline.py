@@ -115,7 +115,7 @@ def matrices(spec: ModelSpec) -> list[str]:
 
 def quants_of(spec: ModelSpec, quant: QuantSpec) -> dict[str, Quant]:
     """`embedding` for the token embedding, which is the output matrix too when they are tied."""
-    return {name: _quant_of(name, quant) for name in matrices(spec)}
+    return {name: quant.each.get(name) or _quant_of(name, quant) for name in matrices(spec)}
 
 
 def _quant_of(name: str, quant: QuantSpec) -> Quant:
@@ -133,6 +133,7 @@ def write_model(
     metadata: Mapping[str, str],
     progress: Progress | None = None,
     calibration: Calibration | None = None,
+    dry_run: bool = False,
 ) -> ConversionReport:
     """Write the .ert file of a model; on any failure nothing is left on the disk.
 
@@ -140,7 +141,7 @@ def write_model(
     `metadata` is kept in the file beside `errors`, a JSON object of the relative error of every
     tensor that lost something. With `calibration` a matrix is rounded so that its products with what it
     meets change least (compensate.py), else so that it changes least itself. Raises ConversionError for
-    weights that cannot be stored and for a full disk.
+    weights that cannot be stored and for a full disk. dry_run: write nothing; errors are not known then.
     """
     started = time.monotonic()
     meets: HottestFirst | Calibration | None = calibration
@@ -148,21 +149,27 @@ def write_model(
         metadata = {**metadata, **calibration.metadata}
         if spec.neurons:
             source = meets = HottestFirst(source, calibration)
-    with ErtWriter(out, spec, quants, tokenizer_json, metadata) as writer:
-        stored = [tensor for name, tensor in writer.tensors.items() if name != TOKENIZER]
-        rounding = _Rounding(meets)
-        tally = _Tally(sum(tensor.nbytes for tensor in stored), progress)
-        # Calibrated, the embedding comes last: as the output matrix it meets what comes out of all layers.
-        for tensor in sorted(stored, key=lambda t: calibration is not None and t.name == "token_embedding"):
-            tally.reports.append(_write_tensor(writer, tensor, source, tally, rounding))
-        errors = {r.name: float(f"{r.relative_error:.4g}") for r in tally.reports if r.relative_error}
-        said = {"errors": json.dumps(errors, separators=(",", ":"))}
-        if calibration is not None and spec.neurons:
-            firing = [calibration.firing(layer) for layer in range(spec.layers)]
-            said |= sparsity_metadata(calibration.zeros_wanted, [layer for layer in firing if layer])
-        writer.finish(said)
+    writer = ErtWriter(out, spec, quants, tokenizer_json, metadata)
+    stored = [tensor for name, tensor in writer.tensors.items() if name != TOKENIZER]
+    tally = _Tally(sum(tensor.nbytes for tensor in stored), progress)
+    if dry_run:
+        tally.reports = [_report(tensor, source, 0.0) for tensor in stored]
+    else:
+        with writer:
+            rounding = _Rounding(meets)
+            # Calibrated, the embedding comes last: as the output matrix it meets what leaves all layers.
+            late = calibration is not None
+            for tensor in sorted(stored, key=lambda t: late and t.name == "token_embedding"):
+                tally.reports.append(_write_tensor(writer, tensor, source, tally, rounding))
+            errors = {r.name: float(f"{r.relative_error:.4g}") for r in tally.reports if r.relative_error}
+            said = {"errors": json.dumps(errors, separators=(",", ":"))}
+            if calibration is not None and spec.neurons:
+                firing = [calibration.firing(layer) for layer in range(spec.layers)]
+                said |= sparsity_metadata(calibration.zeros_wanted, [layer for layer in firing if layer])
+            writer.finish(said)
     return ConversionReport(
         path=out,
+        spec=spec,
         tensors=tuple(sorted(tally.reports, key=lambda r: r.name != "token_embedding")),
         file_bytes=writer.size,
         seconds=time.monotonic() - started,
@@ -187,9 +194,13 @@ def _write_tensor(
         check_weights(values, "f32", tensor.name)
         writer.write(tensor.name, values.astype("<f4", copy=False))
         tally.add(tensor.name, tensor.nbytes)
+    return _report(tensor, source, distortion.relative)
+
+
+def _report(tensor: StoredTensor, source: WeightSource, error: float) -> TensorReport:
     quant: Quant = next(name for name in QUANTS if name == tensor.quant)
     source_type = source.stored_as(next((name for name, _, _ in matrices_in(tensor)), tensor.name))
-    return TensorReport(tensor.name, tensor.shape, source_type, quant, tensor.nbytes, distortion.relative)
+    return TensorReport(tensor.name, tensor.shape, source_type, quant, tensor.nbytes, error)
 
 
 def _records(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from edgert.config import Quant
+from edgert.config import ModelSpec, Quant
 
 
 class Progress(Protocol):
@@ -32,6 +32,7 @@ class ConversionReport:
     """What was written and what it cost."""
 
     path: Path
+    spec: ModelSpec  # of the model in it
     tensors: tuple[TensorReport, ...]  # in the order of the file, tokenizer left out
     file_bytes: int
     seconds: float

@@ -95,7 +95,7 @@ def _write_half(file: ErtFile, out: Path, part: tuple[int, int]) -> ConversionRe
         for t in writer.tensors.values()
         if t.name != TOKENIZER
     )
-    return ConversionReport(out, reports, writer.size, time.monotonic() - started, peak_rss_bytes())
+    return ConversionReport(out, spec, reports, writer.size, time.monotonic() - started, peak_rss_bytes())
 
 
 def half_spec(spec: ModelSpec, part: tuple[int, int]) -> ModelSpec:

@@ -4,6 +4,7 @@ Letters used for shapes throughout: T tokens (rows), D model width, H query head
 K key/value heads, d head size, F feed-forward width, E experts, V vocabulary, L layers, G groups of 32.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -232,6 +233,7 @@ class QuantSpec:
 
     matrices: Quant = "q4"
     embedding: Quant = "q4"  # also the output matrix when the two are tied
+    each: Mapping[str, Quant] = field(default_factory=dict)  # of single tensors by name, before the two above
 
 
 @dataclass(frozen=True, slots=True)

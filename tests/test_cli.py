@@ -256,7 +256,7 @@ def test_convert_prints_a_table_and_writes_the_file(cli: Cli, tiny_folder: Path,
     lines = done.out.splitlines()
     assert lines[0].split() == ["tensor", "shape", "from", "type", "size", "error"]
     assert re.fullmatch(r"token_embedding +96 x 40 +F32 +q4 +[\d.]+ KiB +\d\.\d\d%", lines[1])
-    assert re.fullmatch(re.escape(str(out)) + r": [\d.]+ KiB, \d+\.\d s", lines[-1])
+    assert re.fullmatch(re.escape(str(out)) + r": [\d.]+ KiB, [\d.]+ bits per weight, \d+\.\d s", lines[-1])
     assert re.fullmatch(r" +\d+ tensors +F32 -> q4 +rounded, error up to \d+\.\d\d%", lines[-3])
     assert re.fullmatch(r" +\d+ tensors +F32 -> f32 +exact", lines[-2])
     with edgert.load(out) as model:
@@ -268,9 +268,11 @@ def test_convert_json_is_the_whole_report(cli: Cli, tiny_folder: Path, tmp_path:
     done = cli("convert", tiny_folder, "-o", out, "--quant", "q8", "--json")
     assert (done.status, done.err) == (0, "")
     report = json.loads(done.out)
+    assert report.pop("spec")["layers"] == 2
     assert keys(report) == {
         "path": "str",
         "tensors": "list",
+        "bits_per_weight": "float",
         "file_bytes": "int",
         "seconds": "float",
         "peak_rss_bytes": "int",

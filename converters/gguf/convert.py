@@ -88,6 +88,7 @@ def convert_gguf(
     *,
     progress: Progress | None = None,
     calibration: Calibration | None = None,
+    dry_run: bool = False,
 ) -> ConversionReport:
     """Convert a GGUF file, or a split one given any of its parts, one slab of rows in memory at a time.
 
@@ -107,7 +108,9 @@ def convert_gguf(
     weights = GgufWeights(decoder, file.tensors)
     metadata = _metadata(file, vocabulary)
     tokenizer = vocabulary.tokenizer_json
-    return write_model(Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress, calibration)
+    return write_model(
+        Path(out), decoder.spec, weights, quants, tokenizer, metadata, progress, calibration, dry_run
+    )
 
 
 def _kept(decoder: Decoder, tensors: Mapping[str, GgufTensor]) -> dict[str, Quant]:

@@ -1,22 +1,26 @@
 """`edgert.convert`: a conversion, after a look at the model at work where a text is given for it."""
 
+import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 from edgert import converters
 from edgert.calibration.firing import Firings
+from edgert.calibration.sensitivity import Sensitivity
 from edgert.calibration.statistics import Floats, Grams
 from edgert.calibration.text import DEFAULT_TOKENS, Text, read_text
 from edgert.calibration.walk import Walk
 from edgert.config import Quant, QuantSpec
 from edgert.converters import ConversionReport, Progress
+from edgert.converters.budget import Choice, assign
 from edgert.converters.hottest_first import Firing
 from edgert.converters.neurons import Sparsity
-from edgert.errors import ConversionError
+from edgert.errors import ConversionError, OptionError
 from edgert.format import ErtFile
+from edgert.format.layout import allowed_quants, stored_bytes
 from edgert.model.forward import Forward
 from edgert.planner import plan
 from edgert.state import Weights
@@ -35,15 +39,32 @@ def convert(
     exits: str | os.PathLike[str] | None = None,
     sparsity: Sparsity = "auto",
     calibrate: str | os.PathLike[str] | None = None,
+    bits: float | None = None,
+    embedding: Quant | None = None,
+    dry_run: bool = False,
 ) -> ConversionReport:
     """As `edgert.converters.convert`; with `calibrate`, a .txt or .jsonl file, rounded as suits that text.
 
     The model is first written beside `out` in 8 bits (a GGUF file in the types it has) and run over the
     text; then every matrix is rounded so that its products with what it met there change least. The file
-    says what it was calibrated with. Raises what `converters.convert` raises, and UsageError for the text.
+    says what it was calibrated with. `bits` in place of `quant`: stored bits per weight of the whole file, at
+    most; each tensor, each expert takes the type that its measured share in the loss is worth
+    (sensitivity.py), but the token embedding that of `embedding`, where that is given. dry_run: write no
+    model; the report says what it would be. Raises what `converters.convert` raises, and UsageError for
+    the text.
     """
-    if calibrate is None:  # a share of zeros is refused there
-        return converters.convert(source, out, quant, progress, exits=exits, sparsity=sparsity)
+    if bits is not None:
+        if quant is not None:
+            raise OptionError(f"quant is {quant} and bits {bits}; both say how matrices are stored, give one")
+        return _within(
+            Path(source), Path(out), bits, embedding, progress, exits, sparsity, calibrate, dry_run
+        )
+    if embedding is not None:
+        raise OptionError(f"embedding is {embedding} without bits; expected quant=QuantSpec(...)")
+    if calibrate is None or dry_run:  # a share of zeros without a text is refused there
+        return converters.convert(
+            source, out, quant, progress, exits=exits, sparsity=sparsity, dry_run=dry_run
+        )
     with (
         _reference(Path(source), Path(out), exits) as file,
         closing(TextCalibration(file, Path(calibrate), zeros=_share(sparsity))) as c,
@@ -51,12 +72,82 @@ def convert(
         return converters.convert(source, out, quant, progress, exits=exits, sparsity=sparsity, calibration=c)
 
 
+def _within(
+    source: Path,
+    out: Path,
+    bits: float,
+    embedding: Quant | None,
+    progress: Progress | None,
+    exits: str | os.PathLike[str] | None,
+    sparsity: Sparsity,
+    calibrate: str | os.PathLike[str] | None,
+    dry_run: bool,
+) -> ConversionReport:
+    """A conversion under a budget of bits per weight."""
+    if calibrate is None:
+        raise OptionError(f"bits is {bits}; expected a text to measure on as well: calibrate")
+    if not 0 < bits < 32:
+        raise OptionError(f"bits is {bits}; expected a number above 0 and below 32, like 4.25")
+    if sparsity not in ("auto", "none"):
+        raise OptionError(
+            f"sparsity is {sparsity} and bits {bits}; neurons one by one have one type, give one"
+        )
+    with (
+        _reference(source, out, exits, "q8") as file,
+        closing(TextCalibration(file, Path(calibrate))) as c,
+    ):
+        with closing(Sensitivity(file, c.config, c.text.windows)) as measured:
+            each = assignment(file, measured.losses(c, progress), bits, embedding)
+        c.restart()
+        return converters.convert(
+            source,
+            out,
+            QuantSpec(each=each),
+            progress,
+            exits=exits,
+            sparsity="none",
+            calibration=None if dry_run else c,
+            dry_run=dry_run,
+        )
+
+
+def assignment(
+    file: ErtFile, losses: Mapping[str, Mapping[Quant, float]], bits: float, embedding: Quant | None = None
+) -> dict[str, Quant]:
+    """The type of every tensor of a model so that it takes at most `bits` per weight.
+
+    losses: of `Sensitivity`. embedding: the type of the token embedding, where that is given. Raises
+    OptionError for too few bits.
+    """
+    tensors = [t for t in file.tensors.values() if t.role != "bytes"]
+    budget = bits / 8 * sum(math.prod(t.shape) for t in tensors if t.name != "rope_frequencies")
+    fixed: dict[str, Quant] = {"token_embedding": embedding} if embedding else {}
+    choices = {}
+    for tensor in tensors:
+        if tensor.name in fixed:
+            budget -= stored_bytes(tensor.role, fixed[tensor.name], tensor.shape)
+        elif tensor.name in losses:
+            allowed = allowed_quants(tensor.role, tensor.shape)
+            choices[tensor.name] = [
+                Choice(quant, stored_bytes(tensor.role, quant, tensor.shape), loss)
+                for quant, loss in losses[tensor.name].items()
+                if quant in allowed
+            ]
+        else:
+            budget -= tensor.nbytes
+    return assign(choices, budget) | fixed
+
+
 @contextmanager
-def _reference(source: Path, out: Path, exits: str | os.PathLike[str] | None) -> Iterator[ErtFile]:
+def _reference(
+    source: Path, out: Path, exits: str | os.PathLike[str] | None, quant: Quant | None = None
+) -> Iterator[ErtFile]:
     """The model near enough to the source's precision to be observed, in a temporary file beside `out`."""
     temporary = out.with_name(f".{out.name[:40]}.{secrets.token_hex(4)}.reference")
     try:
-        converters.convert(source, temporary, "q8" if source.is_dir() else None, exits=exits, sparsity="none")
+        converters.convert(
+            source, temporary, quant or ("q8" if source.is_dir() else None), exits=exits, sparsity="none"
+        )
         with ErtFile.open(temporary) as file:
             yield file
     finally:
@@ -80,15 +171,23 @@ class TextCalibration:
                 f"{path} cannot calibrate a model without a tokenizer; expected one in the source"
             )
         self._spec = spec = file.spec
-        config = plan(spec, file.size, context=min(spec.context, WINDOW))
-        self.text: Text = read_text(path, Tokenizer(json_bytes), config.context, tokens)
+        self.config = plan(spec, file.size, context=min(spec.context, WINDOW))
+        self.text: Text = read_text(path, Tokenizer(json_bytes), self.config.context, tokens)
         weights = Weights.of_file(file)
-        self._forward = Forward(weights, config)
+        self._forward = Forward(weights, self.config)
         self._walk = Walk(self._forward, weights, self.text.windows)
         self._grams, self._firings = Grams(), Firings(spec.activation)
         self._firing: dict[int, Firing] = {}
         self.zeros_wanted = zeros
         self._at = -1  # the layer whose statistics are held; `layers` for the output
+
+    def restart(self) -> None:
+        """Begin again, before the first layer."""
+        self._walk.reached, self._at = self._spec.first_layer, -1
+
+    def rows(self, name: str) -> int:
+        """How many rows a matrix met that `gram` was just asked for."""
+        return self._grams.rows(name)
 
     def close(self) -> None:
         """End the threads."""

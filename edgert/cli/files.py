@@ -13,7 +13,7 @@ from rich.table import Table
 
 from edgert.calibration import convert, sparsity_cost
 from edgert.cli.options import FILE, size_text, trust_text
-from edgert.config import QUANTS, Quant
+from edgert.config import QUANTS, Quant, QuantSpec
 from edgert.converters import ConversionReport, split
 from edgert.converters.neurons import SPARSITIES, Sparsity
 from edgert.errors import UsageError
@@ -21,6 +21,7 @@ from edgert.format import ErtFile
 from edgert.format.exits import EXITS_KEY
 from edgert.format.sparsity import SPARSITY_KEY, SparsityCalibration
 from edgert.format.verify import check
+from edgert.planner import BASE_BYTES, buffer_bytes, cache_bytes, plan
 
 
 class SparsityType(click.ParamType[Sparsity]):
@@ -69,6 +70,17 @@ class SparsityType(click.ParamType[Sparsity]):
     help="Run the model over this text first (.txt or .jsonl) and round so that it loses least there.",
 )
 @click.option(
+    "--bits",
+    type=float,
+    help="With --calibrate, instead of --quant: at most so many stored bits per weight of the whole file, "
+    "each tensor and each expert in the type its measured share in the loss is worth.",
+)
+@click.option(
+    "--embeddings",
+    type=click.Choice(QUANTS),
+    help="Precision of the token embedding, when it is to differ.",
+)
+@click.option(
     "--sparsity",
     type=SparsityType(),
     default="auto",
@@ -78,6 +90,7 @@ class SparsityType(click.ParamType[Sparsity]):
     "activations are exactly zero (ReLU), or an error where that cannot be, or never. A SHARE like 0.4 takes "
     "so many of the smallest activations for zero: not exact, needs --calibrate, and says what it costs.",
 )
+@click.option("--dry-run", is_flag=True, help="Print the plan, sizes and memory; write no model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def convert_command(
     source: Path,
@@ -86,7 +99,10 @@ def convert_command(
     layer: int | None,
     exits: Path | None,
     calibrate: Path | None,
+    bits: float | None,
+    embeddings: Quant | None,
     sparsity: Sparsity,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Convert a Hugging Face model folder or a GGUF file to one .ert file.
@@ -102,6 +118,13 @@ def convert_command(
         raise UsageError(f"{wrong} does not apply to an .ert file, whose tensors are copied as they are")
     if layer is not None and calibrate is not None:
         raise UsageError("--calibrate does not go with --split: calibrate one .ert file and split that")
+    if layer is not None and (bits is not None or embeddings is not None or dry_run):
+        raise UsageError("--bits, --embeddings and --dry-run do not go with --split: split the .ert file")
+    if embeddings is not None and quant is None and bits is None:
+        raise UsageError("--embeddings says how one matrix is stored; give --quant or --bits for the others")
+    types: Quant | QuantSpec | None = quant
+    if embeddings is not None and quant is not None:
+        types = QuantSpec(quant, embeddings)
     columns = (TextColumn("{task.description:<24}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -112,7 +135,16 @@ def convert_command(
 
         if layer is None:
             report = convert(
-                source, output, quant, progress, exits=exits, sparsity=sparsity, calibrate=calibrate
+                source,
+                output,
+                types,
+                progress,
+                exits=exits,
+                sparsity=sparsity,
+                calibrate=calibrate,
+                bits=bits,
+                embedding=embeddings if bits is not None else None,
+                dry_run=dry_run,
             )
             reports: tuple[ConversionReport, ...] = (report,)
         else:
@@ -120,7 +152,7 @@ def convert_command(
                 source, layer, outputs[0], outputs[1], quant, progress, exits=exits, sparsity=sparsity
             )
     cost = None
-    if isinstance(sparsity, float) and layer is None and calibrate is not None:
+    if isinstance(sparsity, float) and layer is None and calibrate is not None and not dry_run:
         cost = sparsity_cost(Path(output), calibrate)
     if as_json:
         rows = [_report_json(report) for report in reports]
@@ -129,27 +161,42 @@ def convert_command(
         print(json.dumps(rows if layer is not None else rows[0]))
         return
     for report in reports:
-        _print_report(report, report.path)
+        _print_report(report, dry_run)
     if cost is not None:
         print(f"{sparsity:.0%} of the activations taken for zero: {cost}")
 
 
 def _report_json(report: ConversionReport) -> dict[str, Any]:
-    return dataclasses.asdict(report) | {"path": str(report.path)}
+    found = dataclasses.asdict(report) | {"path": str(report.path), "spec": report.spec.to_json()}
+    return found | {"bits_per_weight": report.bits_per_weight}
 
 
-def _print_report(report: ConversionReport, output: Path) -> None:
-    table = Table("tensor", "shape", "from", "type", "size", "error", box=None, pad_edge=False)
-    for column in (4, 5):
+def _print_report(report: ConversionReport, dry_run: bool) -> None:
+    """A table of the tensors; without what only writing them tells, for a plan."""
+    columns = ["tensor", "shape", "from", "type", "size", *([] if dry_run else ["error"])]
+    table = Table(*columns, box=None, pad_edge=False)
+    for column in range(4, len(columns)):
         table.columns[column].justify = "right"
     for tensor in report.tensors:
         shape = " x ".join(map(str, tensor.shape))
         size, error = size_text(tensor.nbytes), f"{tensor.relative_error:.2%}"
-        table.add_row(tensor.name, shape, tensor.source_type, tensor.quant, size, error)
+        row = [tensor.name, shape, tensor.source_type, tensor.quant, size, error]
+        table.add_row(*row[: len(columns)])
     Console(width=None if sys.stdout.isatty() else 100).print(table)
-    for line in _changes(report):
-        print(line)
-    print(f"{output}: {size_text(output.stat().st_size)}, {report.seconds:.1f} s")
+    size = f"{size_text(report.file_bytes)}, {report.bits_per_weight:.2f} bits per weight"
+    if not dry_run:
+        for line in _changes(report):
+            print(line)
+        print(f"{report.path}: {size}, {report.seconds:.1f} s")
+        return
+    print(f"{report.path} would be {size}; nothing was written")
+    config = plan(report.spec, report.file_bytes)
+    cache, buffers = cache_bytes(report.spec, config), buffer_bytes(report.spec, config)
+    print(
+        f"to run: {size_text(report.file_bytes)} of weights, {size_text(cache)} of cache for "
+        f"{config.context} positions, {size_text(buffers)} of buffers, and {size_text(BASE_BYTES)} for "
+        "Python and kernels"
+    )
 
 
 def _changes(report: ConversionReport) -> list[str]:
