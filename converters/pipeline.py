@@ -215,8 +215,12 @@ def _records(
         slab_rows = max(1, SLAB_WEIGHTS // (columns * BLOCK)) * BLOCK
         errors = rounding.errors(name, tensor.quant)
         for slab in source.rows(name, slab_rows):
+            near = slab.nearest(tensor.quant) if isinstance(slab, Codes) else None
             if isinstance(slab, Codes) and slab.fit(tensor.quant):
                 packed = pack_codes(slab, tensor.quant)
+            elif isinstance(slab, Codes) and near is not None:
+                packed = pack_codes(near, tensor.quant)
+                distortion.add(slab.floats(), near.floats())
             else:
                 weights = slab.floats() if isinstance(slab, Codes) else slab
                 packed, restored = encode(weights, tensor.quant, name, errors)

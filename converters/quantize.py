@@ -162,6 +162,18 @@ class Codes:
         exact = all(np.isfinite(x).all() and (as_stored(x).astype(np.float32) == x).all() for x in stored)
         return exact and bool(self.values.min() >= low and self.values.max() <= high)
 
+    def nearest(self, quant: str) -> "Codes | None":
+        """The same integers with scales and minimums rounded as q4m stores them, by at most 2**-11 of each.
+
+        That is far less than other integers would lose. None where `quant` does not hold the integers.
+        """
+        if quant != "q4m" or self.minimums is None:
+            return None
+        rounded = Codes(self.values, _to_f16(self.scales), _to_f16(self.minimums))
+        if not (np.abs(self.scales).max() <= F16_MAX and np.abs(self.minimums).max() <= F16_MAX):  # or NaN
+            return None
+        return rounded if rounded.fit(quant) else None
+
 
 def scaled(values: Floats, factor: float, offset: float = 0.0) -> Floats:
     """(values + offset) * factor; not finite where damaged values are not, and nothing else is said of it."""

@@ -93,7 +93,7 @@ KEPT = {
     "Q5_0": ("q8", True),
     "Q5_1": ("q8", False),
     "Q4_0": ("q4", True),
-    "Q4_1": ("q8", False),
+    "Q4_1": ("q4m", True),
     "MXFP4": ("q8", True),
 }
 
@@ -210,9 +210,9 @@ def test_metadata_that_chat_needs(tmp_path: Path) -> None:
 
 
 def test_the_report_says_what_became_of_each_type(cli: Callable[..., Outcome], tmp_path: Path) -> None:
-    outcome = cli("convert", exported(tmp_path, kind="Q4_1"), "-o", tmp_path / "m.ert")
+    outcome = cli("convert", exported(tmp_path, kind="Q5_1"), "-o", tmp_path / "m.ert")
     assert outcome.status == 0
-    assert "Q4_1 -> q8   rounded, error up to" in outcome.out
+    assert "Q5_1 -> q8   rounded, error up to" in outcome.out
     outcome = cli("convert", exported(tmp_path, kind="Q4_0"), "-o", tmp_path / "m.ert")
     assert "Q4_0 -> q4   exact" in outcome.out
 

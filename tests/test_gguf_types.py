@@ -76,6 +76,7 @@ def test_q1_0_by_hand() -> None:
         ("Q4_0", "q4"),
         ("Q8_0", "q8"),
         ("Q4_0", "q8"),
+        ("Q4_1", "q4m"),
         ("Q5_0", "q8"),
         ("TQ1_0", "q4"),
         ("TQ2_0", "q4"),
@@ -90,6 +91,8 @@ def test_what_ours_can_hold_is_kept_without_loss(name: str, ours: str) -> None:
     place = 0 if name[0] == "Q" or name.startswith("IQ") else kind.nbytes - 2
     scales = random.standard_normal(raw.shape[:2]).astype(np.float16)  # any sign, all finite
     raw[..., place : place + 2] = scales.view(np.uint8).reshape(*raw.shape[:2], 2)
+    if name == "Q4_1":
+        raw[..., 2:4] = raw[::-1, :, :2]
     if name == "Q8_0":
         raw[raw == 128] = 127  # -128 is not what any writer makes; see below
     codes = kind.weights(raw.reshape(40, -1))
@@ -97,6 +100,24 @@ def test_what_ours_can_hold_is_kept_without_loss(name: str, ours: str) -> None:
     assert codes.fit(ours)
     kept = unpack(ours, pack_codes(codes, ours).reshape(-1), 40, 512)
     np.testing.assert_array_equal(kept, codes.floats())
+
+
+def test_q4_k_keeps_its_integers_and_all_but_a_rounding_of_its_scales() -> None:
+    kind = TYPES[NUMBERS["Q4_K"]]
+    random = np.random.default_rng(3)
+    raw = random.integers(0, 256, (40, 2, kind.nbytes), np.uint8)
+    raw[..., :4] = random.uniform(0.001, 0.1, (40, 2, 2)).astype(np.float16).view(np.uint8)
+    codes = kind.weights(raw.reshape(40, -1))
+    assert isinstance(codes, Codes)
+    near = codes.nearest("q4m")
+    assert near is not None and not codes.fit("q4m") and codes.nearest("q8") is None
+    np.testing.assert_array_equal(near.values, codes.values)
+    exact = codes.floats()
+    kept = unpack("q4m", pack_codes(near, "q4m").reshape(-1), 40, 512)
+    np.testing.assert_array_equal(kept, near.floats())
+    # 2**-11 of a scale times 15, and of a minimum.
+    largest = np.repeat(np.abs(codes.scales) * 15 + np.abs(codes.minimums), 32, axis=1)  # type: ignore[arg-type]
+    assert np.all(np.abs(kept - exact) <= largest * 2.0**-11)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from edgert.converters.gguf.layout import (
 )
 
 Integers = tuple[NDArray[np.int8], Floats]
+Lines = tuple[NDArray[np.int8], Floats, Floats]
+"""Integers, scales and minimums."""
 
 # The 16 levels of IQ4_NL and IQ4_XS: closer together near zero, where most weights are.
 NONLINEAR: Final = np.array(
@@ -36,9 +38,8 @@ def _q4_0(b: Any) -> Integers:
 
 
 @blocks_of(("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16))
-def _q4_1(b: Any) -> Floats:
-    weights: Floats = scale_of(b["d"]) * planes(b["qs"], 16, (0, 4), 15) + scale_of(b["m"])
-    return weights
+def _q4_1(b: Any) -> Lines:
+    return planes(b["qs"], 16, (0, 4), 15).astype(np.int8), scale_of(b["d"]), scale_of(b["m"])
 
 
 def _fifth_bit(qh: Bytes) -> Bytes:
@@ -91,10 +92,10 @@ def _k_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
 
 
 @blocks_of(("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", 128))
-def _q4_k(b: Any) -> Floats:
+def _q4_k(b: Any) -> Lines:
     scales, minima = _k_scales(b["scales"])
-    values = spread(scale_of(b["d"]) * scales, planes(b["qs"], 32, (0, 4), 15))
-    return values - np.repeat(scale_of(b["dmin"]) * minima, 32, axis=1)
+    values = planes(b["qs"], 32, (0, 4), 15).astype(np.int8)
+    return values, scale_of(b["d"]) * scales, -(scale_of(b["dmin"]) * minima)
 
 
 @blocks_of(("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128))
@@ -177,13 +178,13 @@ BLOCK_TYPES: Final = {
     0: TensorType("F32", 1, 4, lambda raw: raw.view("<f4").astype(np.float32), "f32"),
     1: TensorType("F16", 1, 2, lambda raw: raw.view("<f2").astype(np.float32), "f16"),
     2: TensorType("Q4_0", 32, 18, _q4_0, "q4"),
-    3: TensorType("Q4_1", 32, 20, _q4_1, "q8"),
+    3: TensorType("Q4_1", 32, 20, _q4_1, "q4m"),
     6: TensorType("Q5_0", 32, 22, _q5_0, "q8"),
     7: TensorType("Q5_1", 32, 24, _q5_1, "q8"),
     8: TensorType("Q8_0", 32, 34, _q8_0, "q8"),
     10: TensorType("Q2_K", 256, 84, _q2_k, "q8"),
     11: TensorType("Q3_K", 256, 110, _q3_k, "q8"),
-    12: TensorType("Q4_K", 256, 144, _q4_k, "q8"),
+    12: TensorType("Q4_K", 256, 144, _q4_k, "q4m"),
     13: TensorType("Q5_K", 256, 176, _q5_k, "q8"),
     14: TensorType("Q6_K", 256, 210, _q6_k, "q8"),
     20: TensorType("IQ4_NL", 32, 18, _iq4_nl, "q8"),

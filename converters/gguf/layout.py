@@ -13,8 +13,9 @@ from edgert.kernels.packing import GROUP
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
-Decoded = Floats | tuple[NDArray[np.int8], Floats]
-"""Of n blocks: weights [n, block]; or integers [n, block] and their scales [n, scales of a block]."""
+Decoded = Floats | tuple[NDArray[np.int8], Floats] | tuple[NDArray[np.int8], Floats, Floats]
+"""Of n blocks: weights [n, block]; or integers [n, block], their scales [n, scales of a block] and, for some
+types, as many minimums."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,10 @@ class TensorType:
             found = self.decode(np.ascontiguousarray(raw).reshape(-1, self.nbytes))
         if not isinstance(found, tuple):
             return found.reshape(rows, -1)
-        values, scales = found
-        groups_of_a_scale = values.size // scales.size // GROUP
-        return Codes(values.reshape(rows, -1), np.repeat(scales.reshape(rows, -1), groups_of_a_scale, axis=1))
+        values, *others = found
+        groups_of_a_scale = values.size // others[0].size // GROUP
+        spread_out = [np.repeat(x.reshape(rows, -1), groups_of_a_scale, axis=1) for x in others]
+        return Codes(values.reshape(rows, -1), *spread_out)
 
 
 def blocks_of(*fields: tuple[Any, ...]) -> Callable[[Callable[[Any], Decoded]], Callable[[Bytes], Decoded]]:
