@@ -182,7 +182,7 @@ def test_ends_of_text_come_from_both_files_without_repeats() -> None:
         ("olmoe", {"sliding_window": 8}),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8}),
         ("qwen3_moe", {"layer_types": ["full_attention"]}),
-        ("gemma", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}),
+        ("gemma", {"hidden_activation": "quick_gelu"}),
         ("gemma", {"final_logit_softcapping": 30.0}),
         ("gemma2", {"layer_types": ["chunked_attention"] * 4}),
         ("gemma3_text", {"attn_logit_softcapping": 50.0}),
@@ -207,6 +207,8 @@ def test_ends_of_text_come_from_both_files_without_repeats() -> None:
         ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}),
         ("falcon", {"num_ln_in_parallel_attn": 2}),
         ("falcon", {"architectures": ["RWForCausalLM"]}),
+        ("falcon", {"apply_residual_connection_post_layernorm": True}),
+        ("phi3", {"lm_head_bias": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value), "moe"),
 )

@@ -18,7 +18,16 @@ TOKENS: list[int] = INDEX["tokens"]
 TOLERANCE = 1e-3
 
 # Without the JIT a forward pass takes seconds: a few models that hold most options between them.
-SLOW_NAMES = ["llama_rope_llama3", "qwen2_window_yarn_v4", "qwen3_gqa_tied_head_dim", "granitemoe_tied"]
+SLOW_NAMES = [
+    "llama_rope_llama3",
+    "qwen2_window_yarn_v4",
+    "qwen3_gqa_tied_head_dim",
+    "granitemoe_tied",
+    "gemma2_caps",
+    "gpt2_defaults",
+    "falcon_alibi",
+    "cohere_biases",
+]
 NAMES = SLOW_NAMES if numba.config.DISABLE_JIT else list(tiny_models.CONFIGS)
 FRESH_SEEDS = [1, 2]
 

@@ -27,10 +27,11 @@ def variant(config: HfConfig) -> Variant:
 
 
 def _kinds(config: HfConfig) -> list[str]:
-    pattern = config.values.get("sliding_window_pattern", 4)
-    if not config.texts("layer_types") and not (isinstance(pattern, int) and pattern > 0):
+    """`sliding_window_pattern` is a number or, beside layer_types, letters."""
+    kinds, pattern = config.texts("layer_types"), config.values.get("sliding_window_pattern", 4)
+    if not kinds and not (type(pattern) is int and pattern > 0):
         raise UnsupportedError(
             f"{config.where}: found sliding_window_pattern {shown(pattern)} without layer_types, expected a "
             "number; convert a version of the model with layer_types"
         )
-    return layer_kinds(config, pattern)
+    return kinds or layer_kinds(config, pattern)

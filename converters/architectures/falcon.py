@@ -46,6 +46,7 @@ def variant(config: HfConfig) -> Variant:
             f"{config.where}: found new_decoder_architecture without parallel_attn, expected both; "
             "convert another version of the model"
         )
+    config.refuse_unless("apply_residual_connection_post_layernorm", False)
     heads = config.integer("num_attention_heads", most=MOST_HEADS)
     kv_heads = config.integer("num_kv_heads", heads)
     if not grouped:

@@ -18,13 +18,12 @@ GAINS: Final = frozenset(("attention_norm", "ffn_norm", "output_norm"))
 
 def variant(config: HfConfig) -> Variant:
     """What a gemma config says beyond the fields of the family."""
-    # Early files give both; transformers computes hidden_act.
-    config.refuse_unless("hidden_activation", config.text("hidden_act", DEFAULTS["hidden_act"]))
     bias = config.flag("attention_bias")
     return Variant(
         qkv_bias=bias,
         output_bias=bias,
         head_dim=256,
+        keys={"hidden_act": "hidden_activation"},  # some files give both, the first of them wrong
         defaults=DEFAULTS,
         factors={"token_embedding": model_width(config) ** 0.5},
         one_more=GAINS,

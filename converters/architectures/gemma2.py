@@ -46,8 +46,9 @@ def variant(config: HfConfig) -> Variant:
 def layer_kinds(config: HfConfig, pattern: int) -> list[str]:
     """`layer_types`, or what stands for it where it is absent: every `pattern`-th layer sees all keys."""
     layers = range(1, layer_count(config) + 1)
-    kinds = ["sliding_attention" if i % pattern else "full_attention" for i in layers]
-    return config.texts("layer_types") or kinds
+    return config.texts("layer_types") or [
+        "sliding_attention" if i % pattern else "full_attention" for i in layers
+    ]
 
 
 def score_factor(config: HfConfig) -> float:

@@ -13,6 +13,7 @@ def variant(config: HfConfig) -> Variant:
     """What a phi3 config says beyond the fields of the family."""
     config.refuse_unless("attention_bias", False)
     config.refuse_unless("mlp_bias", False)
+    config.refuse_unless("lm_head_bias", False)
     config.refuse_unless("layer_types")
     heads, d = config.integer("num_attention_heads"), head_size(config)
     inner = config.integer("intermediate_size")

@@ -29,5 +29,6 @@ def variant(config: HfConfig) -> Variant:
         windows=typed_windows(config, kinds, size),
         fields={"ropes": () if all(rotated) else ropes},
         defaults={"tie_word_embeddings": True, "rope_theta": 2000000.0},
-        understood=frozenset({"no_rope_layers"}),
+        # pretraining_tp: published files say 2, and nothing is computed of it.
+        understood=frozenset(("no_rope_layers", "pretraining_tp")),
     )

@@ -54,14 +54,18 @@ class GgufWeights:
 
 
 def _times(weights: NDArray[np.float32] | Codes, factor: float) -> NDArray[np.float32] | Codes:
-    """Weights times a factor; scales stay float16, so that what ours holds without loss it still holds."""
+    """Weights times a factor; scales and minimums stay float16, so that what ours holds it still holds."""
     if not isinstance(weights, Codes):
         return scaled(weights, factor)
     if factor == 1:
         return weights
+    minimums = None if weights.minimums is None else _half(scaled(weights.minimums, factor))
+    return Codes(weights.values, _half(scaled(weights.scales, factor)), minimums)
+
+
+def _half(values: NDArray[np.float32]) -> NDArray[np.float32]:
     with np.errstate(all="ignore"):
-        scales = (weights.scales * np.float32(factor)).astype(np.float16).astype(np.float32)
-    return Codes(weights.values, scales)
+        return values.astype(np.float16).astype(np.float32)
 
 
 def by_matrix(spec: ModelSpec, tensors: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:

@@ -1,0 +1,60 @@
+"""Configurations as they are published: each is read, and means what the model was trained with."""
+
+import pytest
+
+from edgert.config import GLOBAL_ROPE, LOCAL_ROPE, NO_ROPE, ModelSpec
+from edgert.converters.architectures import Decoder, describe
+from edgert.converters.hf_config import HfConfig
+from tests.published_configs import PUBLISHED
+
+
+def read(name: str) -> Decoder:
+    return describe(HfConfig(PUBLISHED[name], "config.json"), HfConfig({}, "generation_config.json"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_configuration_is_read(name: str) -> None:
+    values = PUBLISHED[name]
+    spec = read(name).spec
+    assert spec.architecture == values["model_type"]
+    assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+def test_what_they_say_of_norms_and_heads() -> None:
+    blocks = {name: read(name).spec.block for name in PUBLISHED}
+    assert {name for name, block in blocks.items() if block == "parallel"} == {
+        *("pythia-160m", "falcon-7b", "command-r"),
+    }
+    assert {name for name, block in blocks.items() if block == "around"} == {
+        *("gemma-2-2b", "gemma-3-1b-it", "glm-4-9b-0414"),
+    }
+    falcon, neox, gpt2 = (read(name).spec for name in ("falcon-7b", "pythia-160m", "gpt2"))
+    assert (falcon.kv_heads, falcon.shared_norm, falcon.ffn_width) == (1, True, 4 * 4544)
+    assert (neox.rotary, neox.shared_norm, neox.activation) == (16, False, "gelu")
+    assert (gpt2.ffn_width, gpt2.context, gpt2.learned_positions) == (3072, 1024, True)
+    assert gpt2.tied_embeddings
+
+
+def test_what_they_say_of_positions() -> None:
+    gemma, smollm, exaone = (read(name).spec for name in ("gemma-3-1b-it", "smollm3-3b", "exaone-4.0-32b"))
+    assert gemma.ropes == ((LOCAL_ROPE,) * 5 + (GLOBAL_ROPE,)) * 4 + (LOCAL_ROPE,) * 2
+    assert gemma.windows == ((512,) * 5 + (0,)) * 4 + (512,) * 2
+    assert smollm.ropes == (GLOBAL_ROPE, GLOBAL_ROPE, GLOBAL_ROPE, NO_ROPE) * 9
+    assert exaone.ropes == (GLOBAL_ROPE, GLOBAL_ROPE, GLOBAL_ROPE, NO_ROPE) * 16
+    assert exaone.windows == (4096, 4096, 4096, 0) * 16
+    phi3, phi4, falcon = (read(name).spec for name in ("phi-3-mini-4k", "phi-4-mini", "falcon-rw-1b"))
+    assert (phi3.windows, phi3.context) == ((2047,) * 32, 4096)
+    assert (phi4.rotary, phi4.context, phi4.windows) == (96, 4096, ())
+    assert (falcon.alibi, set(falcon.ropes), falcon.windows) == (True, {NO_ROPE}, ())
+
+
+def test_what_is_multiplied_into_weights() -> None:
+    granite, gemma = read("granite-3.1-2b"), read("gemma-2b")
+    assert granite.factor("token_embedding") == 12.0
+    assert granite.factor("layers.3.q") == pytest.approx(0.015625 * 64**0.5)
+    assert granite.factor("output_norm") == pytest.approx(1 / 8 / 12)  # the embedding is the output too
+    assert granite.factor("layers.3.down") == granite.factor("layers.3.o") == 0.22
+    assert gemma.factor("token_embedding") == pytest.approx(2048**0.5)
+    assert [gemma.offset(name) for name in ("output_norm", "layers.0.ffn_norm", "layers.0.q")] == [1, 1, 0]
+    assert gemma.spec.activation == "gelu_tanh"
+    assert read("command-r").factor("output_norm") == 0.0625
