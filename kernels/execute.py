@@ -2,7 +2,7 @@
 
 from edgert.kernels import atomics, team
 from edgert.kernels.experts import run_experts
-from edgert.kernels.jit import jit
+from edgert.kernels.jit import inlined, jit
 from edgert.kernels.program import AHEAD, EXPERTS, FIRST, FORESEEN, LAST, ROWS, TOKENS, WANTED
 from edgert.kernels.units import run_unit, units_of
 
@@ -21,7 +21,7 @@ def _past_singles(i, code, job, routes):
     return i
 
 
-@jit
+@inlined
 def _execute(
     me, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows, paths, job,
     ctl, tickets,
@@ -62,24 +62,24 @@ def enter(
 
     One compiled entry for both, so that the kernels exist once in machine code.
     """
-    if worker == 0:
-        tickets[job[FIRST] : job[LAST]] = 0
-        threads = team.claim(ctl, workers)
-        _execute(
-            0, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows,
-            paths, job, ctl, tickets,
-        )  # fmt: skip
-        team.barrier(ctl, threads)
-        return
-    team.set_ready(ctl, worker)
+    if worker > 0:
+        team.set_ready(ctl, worker)
     while True:
-        rank = team.wait_for_rank(ctl, worker)
-        if rank == 0:
-            return
-        threads = team.threads_claimed(ctl)
+        if worker == 0:
+            tickets[job[FIRST] : job[LAST]] = 0
+            rank, threads = worker, team.claim(ctl, workers)
+        else:
+            rank = team.wait_for_rank(ctl, worker)
+            if rank == 0:
+                return
+            threads = team.threads_claimed(ctl)
+        # The only call: what it calls is all the machine code there is, and should be there once.
         _execute(
             rank, threads, code, reals, w, pool, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows,
             paths, job, ctl, tickets,
         )  # fmt: skip
-        team.set_ready(ctl, worker)  # before the barrier: the leader may start the next job at once
+        if worker > 0:
+            team.set_ready(ctl, worker)  # before the barrier: the leader may start the next job at once
         team.barrier(ctl, threads)
+        if worker == 0:
+            return

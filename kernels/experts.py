@@ -12,7 +12,7 @@ import numpy as np
 
 from edgert.kernels import atomics, matmul
 from edgert.kernels.activation import gate
-from edgert.kernels.jit import jit
+from edgert.kernels.jit import inlined, jit
 from edgert.kernels.quantize import quantize
 from edgert.kernels.requests import (
     AHEAD,
@@ -85,7 +85,7 @@ SPINS = 500
 """Turns without work before a thread naps: some 10 us, where a read takes a hundred times that."""
 
 
-@jit
+@inlined
 def _up(
     pool,
     at,
@@ -151,7 +151,7 @@ def _up(
             quantize(f, row_g + part, (last - first + 1) // 2, xq, xs, xn, into)
 
 
-@jit
+@inlined
 def _down(pool, at, quant, groups, first, last, entry, rows, f, g, y, y_stride, xq, xs, xn, h, most, ahead):
     """Blocks first..last-1 of down for `rows` entries from `entry`."""
     row_y, stride = y + entry * y_stride, groups * 32
@@ -180,7 +180,7 @@ def _down(pool, at, quant, groups, first, last, entry, rows, f, g, y, y_stride, 
     )
 
 
-@jit
+@inlined
 def _unit(c, i, pool, table, routes, f, xq, xs, xn):
     """Take and compute one unit of the i-th busy expert; WORKED, NOTHING to take now, or EMPTY for good."""
     word, groups, blocks, inner, outer, unit = c[3], c[4], c[5], c[6], c[7], c[8]
@@ -221,7 +221,7 @@ def _unit(c, i, pool, table, routes, f, xq, xs, xn):
     return WORKED
 
 
-@jit
+@inlined
 def run_experts(me, c, pool, table, routes, f, xq, xs, xn):
     """Take units until none is left to take; every thread of the team calls this, then meets a barrier.
 

@@ -208,6 +208,17 @@ def jit(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
+def inlined(function: Callable[..., Any]) -> Any:
+    """As `jit`, for a function with one caller: compiled as a part of it.
+
+    LLVM optimises whatever a function calls once more with the function; a chain of callers that hold nearly
+    all machine code, as that from the entry to a unit, would cost that as often as it is long.
+    """
+    if not JIT:
+        return function
+    return numba.njit(nogil=True, error_model="numpy", inline="always")(function)
+
+
 def kernel(twin: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Compile a kernel; where the JIT is off its NumPy twin stands in for it."""
 

@@ -13,12 +13,14 @@ import numpy as np
 
 from edgert.kernels import matmul, neuron_tiles, simd
 from edgert.kernels.activation import activated
-from edgert.kernels.jit import jit, kernel
+from edgert.kernels.jit import inlined, jit, kernel
 from edgert.kernels.neuron_packing import SLICE
 from edgert.kernels.reference import neurons as _twin
 
 MOST_ROWS = 8
 """Rows up to which single neurons are computed: where 15% fire for one row, 73% do for any of 8 unrelated."""
+NONE, ONE = np.int64(0), np.int64(1)
+"""For arguments of `matmul`: numba would compile it once more for a literal 0."""
 BATCH = 16
 """Neurons of a unit of up: one lane each."""
 ROWS_AHEAD = 7
@@ -206,7 +208,7 @@ def slice_of_down(quant, w, w_at, groups, inner, which, out, out_at):
 # ---- units of the operations of program.py; c: the operation's row ---------------------------
 
 
-@jit
+@inlined
 def run_live(c, rows, f, xq, routes):
     """What the layer's up needs before its units are known; how many neurons fire, -1 if nobody asked."""
     x, groups, into, g, stride, width, at = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
@@ -227,7 +229,7 @@ def units_of_up(c, rows, routes):
     return max(2, (routes[c[7]] + BATCH - 1) // BATCH)
 
 
-@jit
+@inlined
 def run_up(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
     """16 neurons that fire, or 16 of all."""
     quant, w_at, groups, at, x, into = c[3], c[4], c[5], c[7], c[8], c[9]
@@ -238,8 +240,9 @@ def run_up(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
         for t in range(rows):
             f[u + t * stride + n : u + t * stride + n + BATCH] = np.float32(0.0)
         matmul.matmul(
-            quant, spare_view, out, groups, 0, 1, rows, f, 0, 0, xq, xs, xn, x, u + n, stride, c[16], c[17]
-        )
+            quant, spare_view, out, groups, NONE, ONE, rows, f, NONE, NONE, xq, xs, xn, x, u + n, stride,
+            c[16], c[17],
+        )  # fmt: skip
         for t in range(rows):
             multiply(f, g + t * stride + n, f, u + t * stride + n, BATCH)
         return
@@ -267,7 +270,7 @@ def units_of_down(c):
     return ((c[5] + 3) // 4 + c[7] - 1) // c[7]
 
 
-@jit
+@inlined
 def run_down(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
     """Some slices of the outputs."""
     quant, w_at, groups, inner, size, h = c[3], c[4], c[5], c[6], c[7], c[8]
@@ -284,6 +287,6 @@ def run_down(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
         slice_of_down(quant, w, w_at, groups, inner, which, spare, out)
         blocks = min(8, groups * 2 - which * 8)
         matmul.matmul(
-            quant, spare_view, out, inner, 0, blocks, rows, f, 0, 0, xq, xs, xn, h, y + which * 128, y_stride,
-            c[14], c[15],
+            quant, spare_view, out, inner, NONE, blocks, rows, f, NONE, NONE, xq, xs, xn, h, y + which * 128,
+            y_stride, c[14], c[15],
         )  # fmt: skip

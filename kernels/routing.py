@@ -31,7 +31,7 @@ def route(x, x_at, experts, active, normalized, shared_at, chosen, chosen_at, we
     of the shared expert (Qwen2-MoE). x is scratch: its blocks of 16 are overwritten.
     """
     topk(x, x_at, experts, active, chosen[chosen_at : chosen_at + active])
-    total = softmax(x, x_at, 0, experts)
+    total = softmax(x, x_at, np.int64(0), experts)
     if normalized:
         total = np.float32(0.0)
         for r in range(active):

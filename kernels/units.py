@@ -9,7 +9,7 @@ from edgert.kernels.attention import MOST_HEADS, attention, width
 from edgert.kernels.elementwise import read_f32
 from edgert.kernels.embedding import embed
 from edgert.kernels.experts import COUNTERS, publish
-from edgert.kernels.jit import jit
+from edgert.kernels.jit import inlined, jit
 from edgert.kernels.program import (
     ACTIVATE,
     AHEAD,
@@ -50,7 +50,7 @@ from edgert.kernels.row_sums import add, center
 from edgert.kernels.sparing import spare
 
 
-@jit
+@inlined
 def _norm(c, real, t, source, w, f, xq, xs, xn):
     width, gain, groups, at, bias, centred, total = c[5], c[6], c[9], c[10], c[11], c[12], c[13]
     x, y = c[3] + source * c[4], c[7] + t * c[8]
@@ -66,7 +66,7 @@ def _norm(c, real, t, source, w, f, xq, xs, xn):
         quantize(f, y, groups, xq, xs, xn, at + t * groups)
 
 
-@jit
+@inlined
 def _matmul(c, unit, rows, w, f, xq, xs, xn):
     quant, w_at, groups, blocks, size = c[3], c[4], c[5], c[6], c[7]
     x, x_stride, at, y, y_stride, bias, keep = c[8], c[9], c[10], c[11], c[12], c[13], c[14]
@@ -97,7 +97,7 @@ def _norm_head(f, at, d, eps, w, gain, scratch):
         f[at + i] = f[scratch + i]
 
 
-@jit
+@inlined
 def _head(c, eps, unit, rows, me, w, f, kv):
     q, q_stride, k, k_stride, v, v_stride, q_gain, k_gain = c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10]
     heads, kv_heads, d, rotary, table, kind, region = c[11], c[12], c[13], c[14], c[15], c[16], c[17]
@@ -127,7 +127,7 @@ def _pieces(group):
     return group // MOST_HEADS + (group % MOST_HEADS + 1) // 2
 
 
-@jit
+@inlined
 def _attend(c, scale, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv):
     q, q_stride, heads, kv_heads, d, kind = c[3], c[4], c[5], c[6], c[7], c[8]
     region, region_bytes, capacity, window, y, y_stride = c[9], c[10], c[11], c[12], c[13], c[14]
@@ -178,7 +178,7 @@ def _attend(c, scale, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv):
             f[y + t * y_stride + (head + h) * d + i] = f[out + h * wide + i]
 
 
-@jit
+@inlined
 def _gate(c, cap, unit, f, xq, xs, xn):
     kind, g, u, stride, groups, at = c[3], c[4], c[5], c[6], c[7], c[8]
     pieces = (groups + GATE_GROUPS - 1) // GATE_GROUPS
@@ -199,7 +199,7 @@ GATE_GROUPS = 64
 """Groups of one unit of GATE: 2048 activations, about 2 us of work."""
 
 
-@jit
+@inlined
 def _activate(c, threshold, unit, f, rows, job):
     kind, g, stride, groups = c[3], c[4], c[5], c[6]
     pieces = (groups + GATE_GROUPS - 1) // GATE_GROUPS
@@ -209,7 +209,7 @@ def _activate(c, threshold, unit, f, rows, job):
     neurons.activate(kind, threshold, f, g + t * stride + first * 32, min(GATE_GROUPS, groups - first) * 32)
 
 
-@jit
+@inlined
 def _route(c, t, f, routes):
     x, experts, active, normalized, shared = c[3] + t * c[4], c[5], c[6], c[7], c[8]
     if shared >= 0:
@@ -217,7 +217,7 @@ def _route(c, t, f, routes):
     route(f, x, experts, active, normalized, shared, routes, c[10] + t * active, f, c[11] + t * c[12])
 
 
-@jit
+@inlined
 def _spare(c, t, table, f, routes):
     experts, active, control = c[5], c[6], c[11]
     x, chosen, weights = c[3] + t * c[4], c[7] + t * active, c[8] + t * c[9]
@@ -228,7 +228,7 @@ def _spare(c, t, table, f, routes):
         atomics.fetch_add(table, control + DROPPED, dropped)
 
 
-@jit
+@inlined
 def _live(c, count, f, xq, routes, job):
     fired = neurons.run_live(c, count, f, xq, routes)
     if fired >= 0:
@@ -236,14 +236,14 @@ def _live(c, count, f, xq, routes, job):
         job[NEURONS] += c[8]
 
 
-@jit
+@inlined
 def _group(c, count, routes):
     experts, counters = c[3], c[10]
     group(count, c[4], experts, routes, c[5], c[6], c[7], c[8], c[9])
     routes[counters : counters + experts * COUNTERS] = 0
 
 
-@jit
+@inlined
 def _gather(c, t, f, xq, xs, xn, routes):
     active, places, x, groups, y, floats = c[3], c[4], c[5] + t * c[6] * 32, c[6], c[8], c[10]
     at = c[7] + t * groups
@@ -260,7 +260,7 @@ def _gather(c, t, f, xq, xs, xn, routes):
             xn[into + g] = xn[at + g]
 
 
-@jit
+@inlined
 def _combine(c, t, f, routes):
     x, width, y, y_stride, active, shared = c[3] + t * c[4], c[5], c[6], c[7], c[9], c[12]
     places, weights = c[8] + t * active, c[10] + t * c[11]
@@ -296,7 +296,7 @@ def units_of(c, count, routes):
     return count
 
 
-@jit
+@inlined
 def run_unit(
     c, real, cap, unit, count, me, w, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows, paths, job
 ):
