@@ -29,8 +29,6 @@ from edgert.resident import peak_rss_bytes
 # Weights of one slab, 4 MB as float32: about 30 MB with everything derived from it. Smaller slabs
 # spend their time on calls, larger ones leave the cache and gain nothing.
 SLAB_WEIGHTS: Final = 1 << 20
-ROPE: Final = "rope_frequencies"
-"""The one tensor that no source has: it is computed from the configuration."""
 
 
 class WeightSource(Protocol):
@@ -40,7 +38,7 @@ class WeightSource(Protocol):
         """A matrix [N, K] in slabs of `slab_rows` rows, the last maybe shorter."""
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        """A vector, rope_frequencies among them."""
+        """A vector, among them what no source has because it is computed, like rope_frequencies."""
 
     def stored_as(self, name: str) -> str:
         """The source's own name for the type of a tensor, "" for one that it computes."""

@@ -41,7 +41,7 @@ class ConversionReport:
     @property
     def parameters(self) -> int:
         """Weights in the model: values, not bytes. The rotary frequencies are not learned."""
-        return sum(math.prod(t.shape) for t in self.tensors if t.name != "rope_frequencies")
+        return sum(math.prod(t.shape) for t in self.tensors if not t.name.endswith("rope_frequencies"))
 
     @property
     def bits_per_weight(self) -> float:

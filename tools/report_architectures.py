@@ -74,6 +74,20 @@ logits).
 | --- | --- | --- | ---: | ---: |
 """
 
+TAIL = """
+
+## What falls short
+
+- phi3 with LongRoPE: the file's context is `original_max_position_embeddings` (4096), where the short factors
+  hold; transformers goes on with the long ones.
+- falcon with ALiBi: slopes times positions are float32, as in llama.cpp; transformers rounds them to bfloat16
+  (which shows from 256 positions on, or where slopes are no powers of two), and its eager attention (5.23)
+  adds them twice, so that these two models are compared with its default attention.
+- Refused for what they compute: stablelm with `qk_layernorm` (2 12B), cohere with `use_qk_norm` (Command R+),
+  opt with `word_embed_proj_dim` or norms behind (350M), gpt2 with `scale_attn_by_inverse_layer_idx`, Gemma 3
+  with images, and every model_type that is not in the table.
+"""
+
 
 def main() -> None:
     """Measure and write."""
@@ -94,7 +108,7 @@ def main() -> None:
         f"{max(worst[kind]):.1e} |"
         for kind in VARIANTS
     ]
-    text = HEAD.format(transformers=index["transformers"]) + "\n".join(rows) + "\n"
+    text = HEAD.format(transformers=index["transformers"]) + "\n".join(rows) + TAIL
     (ROOT / "docs" / "architectures.md").write_text(text, encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from edgert.config import ModelSpec, Quant
+from edgert.config import GLOBAL_ROPE, LOCAL_ROPE, NO_ROPE, ModelSpec, Quant
 from edgert.errors import OptionError
 from edgert.format import ErtWriter, StoredTensor, declared
 from edgert.format.layout import LAYOUT_OF, QUANTIZED, page_padded, stored_bytes
@@ -66,6 +66,23 @@ SHAPES: dict[str, ModelSpec] = {
     "llama-3.2-3b": _shape("llama", 28, 3072, 24, 8, 128, 8192, 128256),
     "qwen3-4b": _shape("qwen3", 36, 2560, 32, 8, 128, 9728, 151936, qk_norm=True, rope_theta=1e6),
     "llama-3.1-8b": _shape("llama", 32, 4096, 32, 8, 128, 14336, 128256, tied_embeddings=False),
+    "gemma-3-1b": _shape(
+        *("gemma3_text", 26, 1152, 4, 1, 256, 6912, 262144),
+        rope_theta=1e6,
+        qk_norm=True,
+        activation="gelu_tanh",
+        block="around",
+        windows=(*((512,) * 5 + (0,)) * 4, 512, 512),
+        ropes=(*((LOCAL_ROPE,) * 5 + (GLOBAL_ROPE,)) * 4, LOCAL_ROPE, LOCAL_ROPE),
+    ),
+    "phi-4-mini": _shape(
+        *("phi3", 32, 3072, 24, 8, 128, 8192, 200064), context=4096, rope_theta=1e4, rotary=96
+    ),
+    "smollm3-3b": _shape(
+        *("smollm3", 36, 2048, 16, 4, 128, 11008, 128256),
+        rope_theta=5e6,
+        ropes=(GLOBAL_ROPE, GLOBAL_ROPE, GLOBAL_ROPE, NO_ROPE) * 9,
+    ),
     "olmoe-1b-7b": _shape(
         *("olmoe", 16, 2048, 16, 16, 128, 1024, 50304),
         context=4096,
