@@ -265,8 +265,8 @@ def test_a_source_of_another_kind_is_refused(
 
 
 def test_an_unknown_quantisation_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"quant is 'q3'; expected one of f32, f16, q8, q4"):
-        convert(folder, tmp_path / "m.ert", "q3")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"quant is 'q5'; expected one of f32, f16, q8, q4m, q4, q3"):
+        convert(folder, tmp_path / "m.ert", "q5")  # type: ignore[arg-type]
 
 
 def test_a_folder_to_write_to_that_does_not_exist_is_named(folder: Path, tmp_path: Path) -> None:

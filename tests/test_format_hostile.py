@@ -130,6 +130,17 @@ def calibration(**values: object) -> Damage:
     return exits(**{"1": CALIBRATION | values})
 
 
+def firing(**values: object) -> Damage:
+    """Counts of neurons that fire, in a model of as many layers as SPEC."""
+    sound: dict[str, object] = {
+        "share": 0.5,
+        "thresholds": [0.1] * SPEC.layers,
+        "zeros": [0.5] * SPEC.layers,
+        "firing": [[0, 0.1, 0.2, 0.3, 1]] * SPEC.layers,
+    }
+    return metadata("sparsity", json.dumps(sound | values))
+
+
 def with_length(length: int) -> Damage:
     return lambda draft: length.to_bytes(8, "little") + draft.pack()[8:]
 
@@ -274,6 +285,13 @@ CASES: list[tuple[Rule, str, Damage]] = [
     (Rule.EXITS, "more-agreed-than-there-were", calibration(agreed=[1, 2, 9])),
     (Rule.EXITS, "negative", calibration(agreed=[-1, 2, 3])),
     (Rule.EXITS, "no-tokens", calibration(tokens=[0, 0, 0], agreed=[0, 0, 0])),
+    (Rule.SPARSITY, "stranger", firing(more=1)),
+    (Rule.SPARSITY, "nothing-fires", firing(share=1)),
+    (Rule.SPARSITY, "share-is-true", firing(share=True)),
+    (Rule.SPARSITY, "a-layer-short", firing(thresholds=[0.1] * (SPEC.layers - 1))),
+    (Rule.SPARSITY, "negative-threshold", firing(thresholds=[-0.1] * SPEC.layers)),
+    (Rule.SPARSITY, "more-zeros-than-all", firing(zeros=[1.5] * SPEC.layers)),
+    (Rule.SPARSITY, "a-quantile-short", firing(firing=[[0, 0.1, 0.2, 1]] * SPEC.layers)),
 ]
 
 
