@@ -23,6 +23,7 @@ from edgert.errors import OptionError
 from edgert.format import ErtWriter, StoredTensor, declared
 from edgert.format.layout import QUANTIZED
 from edgert.format.tensors import POSITIONS, TOKENIZER, matrices_in
+from edgert.format.uses import uses_metadata
 from edgert.kernels.packing import BLOCK, pack, pack_floats
 from edgert.resident import peak_rss_bytes
 
@@ -59,6 +60,9 @@ class Calibration(Protocol):
 
     def firing(self, layer: int) -> Firing | None:
         """How often the neurons of a layer fire; None for one with experts."""
+
+    def expert_uses(self) -> NDArray[np.int64]:
+        """How many tokens of the text chose each expert, [L, E]; asked for last."""
 
     @property
     def zeros_wanted(self) -> float:
@@ -164,6 +168,8 @@ def write_model(
             if calibration is not None and spec.neurons:
                 firing = [calibration.firing(layer) for layer in range(spec.layers)]
                 said |= sparsity_metadata(calibration.zeros_wanted, [layer for layer in firing if layer])
+            if calibration is not None and spec.experts:
+                said |= uses_metadata(calibration.expert_uses(), spec)
             writer.finish(said)
     return ConversionReport(
         path=out,

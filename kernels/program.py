@@ -99,7 +99,7 @@ FIELDS = {
     ),
     SPARE: (
         *("x", "x_stride", "experts", "active", "chosen", "weights", "weights_stride", "table", "control"),
-        *("rows", "near", "least"),
+        *("most", "near", "least"),
     ),
     COMBINE: (
         *("x", "x_stride", "width", "y", "y_stride", "places", "active", "weights", "weights_stride"),
@@ -121,7 +121,7 @@ FIELDS = {
     GATE        g[t] = act(g[t]) * u[t], or act(g[t]) where u < 0, or soft-capped; quantised too where
                 xq >= 0                                               (cap: of a soft cap, else 0)
     ROUTE       the experts of row t and their weights (routing.py)
-    SPARE       other choices for the sake of fewer reads, of at most `rows` rows (sparing.py)
+    SPARE       other choices for the sake of fewer reads, of at most `most` rows (sparing.py)
     GROUP       the entries of every expert; one unit
     PUBLISH     what the layer needs, to the store of streamed experts; one unit
     GATHER      y[i] = x[t], quantised rows and, where asked, floats, for the entries i of row t

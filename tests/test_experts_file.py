@@ -4,15 +4,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import edgert
 from edgert.config import ModelSpec
-from edgert.errors import MemoryBudgetError, OptionError
+from edgert.errors import MemoryBudgetError, ModelFileError, OptionError
 from edgert.flash import Streaming
 from edgert.flash.source import direct_reads
 from edgert.format import ErtFile
 from edgert.format.layout import page_padded
+from edgert.format.uses import uses_in
 from edgert.model.shapes import write_random
 from edgert.planner import BASE_BYTES, buffer_bytes, cache_bytes, plan
 from tests import kernel_inputs as inputs
@@ -84,6 +86,53 @@ def test_what_cannot_fit_is_refused_with_the_least_that_would(moe_file: Path) ->
     with edgert.load(moe_file, ram=least) as model:
         assert model.config.expert_slots == 2
         assert len(model.generate("Once", max_tokens=3).tokens) == 3
+
+
+def test_the_experts_that_the_calibration_text_used_most_are_kept(tmp_path: Path, moe_file: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little dog. " * 20, encoding="utf-8")
+    tiny_models.write_folder(tmp_path / "source", "mixtral_window_odd_sizes")
+    path = tmp_path / "calibrated.ert"
+    edgert.convert(tmp_path / "source", path, quant="q8", calibrate=text)
+    with ErtFile.open(path) as file:
+        spec, tokens = file.spec, json.loads(file.metadata["calibration"])["tokens"]
+        uses = uses_in(file.metadata, spec)
+    assert uses is not None
+    assert uses.sum(axis=1).tolist() == [tokens * spec.active_experts] * spec.layers
+    ram = budget(path, 9)
+    with edgert.load(path, ram=ram) as model:
+        expected = model.generate("Once upon", max_tokens=12).tokens
+    with edgert.load(path, ram=ram, streaming=Streaming(pinned=0.5)) as model:
+        found = model.generate("Once upon", max_tokens=12)
+        store = model._engine.forward.store
+        assert store is not None
+        most = np.argsort(-uses, axis=None, kind="stable")[:4]
+        assert (store.slots.slot_of.reshape(-1)[most] >= 0).all()
+    assert found.tokens == expected
+    assert found.stats["experts_pinned"] == 4
+    with pytest.raises(OptionError, match="does not say which experts are used most; convert the model"):
+        edgert.load(moe_file, ram=budget(moe_file, 9), streaming=Streaming(pinned=0.5))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "[[1],[2]]", "3", '{"a":1}', "[" * 99])
+def test_uses_of_another_form_are_refused(text: str) -> None:
+    spec = ModelSpec(
+        "mixtral", 2, 32, 1, 1, 32, 32, 32, 32, 1e-5, experts=3, active_experts=1, expert_width=32
+    )
+    with pytest.raises(ModelFileError, match="expected a count for each of 3 experts of 2 layers"):
+        uses_in({"expert_uses": text}, spec)
+
+
+def test_approximations_are_said_to_be_some(moe_file: Path) -> None:
+    """With room for every other expert and anything accepted in their place, nothing new is read."""
+    choices = Streaming(swap_near=0.999, drop_below=0.999, predictor="none")
+    with edgert.load(moe_file, ram=budget(moe_file, 20), streaming=choices) as model:
+        first = model.generate("Once upon", max_tokens=20, temperature=1.0, seed=3).stats
+        assert first["approximate"] is True
+        assert first["experts_swapped"] > 0
+        assert first["misses"] < first["expert_hits"]
+    with edgert.load(moe_file, ram=budget(moe_file, 20)) as model:
+        assert "approximate" not in model.generate("Once upon", max_tokens=2).stats
 
 
 def test_choices_that_do_not_exist_are_refused() -> None:

@@ -1,203 +1,122 @@
 """What streaming experts from flash is worth: speed, hit rate and memory of a model larger than its budget.
 
-    python tools/bench_experts.py record MODEL.ert --text FILE -o trace.npz   # a trained model's routing
-    python tools/bench_experts.py make -o olmoe.ert [--shape olmoe-1b-7b]     # 4 GB of random weights
-    python tools/bench_experts.py run olmoe.ert --trace trace.npz --ram 1GiB --ram 2GiB -o experts.json
+    python tools/bench_experts.py all --text FILE -o FOLDER       # everything below, in at most 8 minutes
 
-`run` times each case in a process of its own, the file's pages dropped from the cache before it: the
-defaults, each part switched off in turn, loading on demand (no cache, no prediction, no overlap), and the
-mapped file under a memory cgroup of the same size where this machine lets us make one (as root).
+`all` records how the bundled model of 16 experts routes the last lines of a text, writes 4 GB of random
+weights of OLMoE-1B-7B's shape, and times every case on them at budgets of 1 and 2 GiB, the trained model's
+routing replayed (routing_replay.py); FOLDER/experts.json and FOLDER/experts.md are the result. What is in
+FOLDER already is used again. `run` times cases on files made before:
 
-Random weights route at random, which no trained model does. So `run` replays a trace: the routers become
-zero, and before each token their bias is set to logits that choose what the trace says; the predictions
-(the next layer's router on this layer's input) are replayed likewise, right or wrong as they were. A trace
-of fewer layers and experts is widened: layers and tokens are taken in turn, and each expert stands for as
-many of ours as make the number up, so that shares of reuse and of right guesses stay those measured.
+    python tools/bench_experts.py run olmoe.ert --trace trace.npz --ram 2GiB --case streamed --repeats 3
+
+Each case is a process of its own, the file's pages dropped from the cache before it. The cases are the
+defaults; one part of it after the other switched off; loading on demand (one read at a time, no cache, no
+prediction, no overlap); and the mapped file under a memory cgroup of the same size where this machine lets us
+make one (as root). A case ends after --tokens or --seconds, whichever is first; the clock starts when the
+slots are full and the governor has decided once, or after as many seconds.
 """
 
 import argparse
 import json
+import mmap
 import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from routing_replay import Replay, record
 
-from edgert.experts import Streaming, open_streamed
-from edgert.format import ErtFile, StoredTensor
+import edgert
+from edgert.experts import open_streamed
+from edgert.flash import FileSource, Reading, Streaming
+from edgert.flash.reading import CANDIDATES, Span, read_all
+from edgert.format import ErtFile
 from edgert.format.layout import page_padded
-from edgert.kernels import experts as words
-from edgert.kernels import program
 from edgert.model.forward import Forward
 from edgert.model.shapes import shape, write_random
 from edgert.planner import parse_size, plan
 from edgert.resident import peak_rss_bytes
 from edgert.state import Weights
-from edgert.tokenizer import Tokenizer
 
 CONTEXT = 512
-WARM = 64
-"""Tokens before the clock starts: the cache fills, and the governor decides once."""
-CASES: dict[str, Streaming | None] = {
-    "streamed": Streaming(),
-    "prefetch always": Streaming(prefetch="on"),
-    "history instead of router": Streaming(predictor="history"),
-    "no prediction": Streaming(predictor="none"),
-    "no overlap": Streaming(overlap=False),
-    "frequency": Streaming(policy="frequency"),
-    "score": Streaming(policy="score"),
-    "on demand": Streaming(predictor="none", overlap=False),  # with the fewest slots: no cache
-    "mapped": None,  # the page cache decides, under a memory limit
+WARM = 48
+"""Tokens before the clock starts: the cache fills, and the governor decides once (24)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to run the model, and what it shows."""
+
+    streaming: Streaming
+    says: str
+    slots: int | None = None  # None: as many as fit
+    mapped: bool = False
+
+
+NAIVE = Streaming(predictor="none", overlap=False, readers=1)
+CASES = {
+    "streamed": Case(Streaming(), "the defaults"),
+    "on demand": Case(NAIVE, "one read at a time, no cache, no prediction, no overlap", slots=0),
+    "mapped": Case(
+        Streaming(predictor="none"), "the page cache decides, under a cgroup of the budget", 0, True
+    ),
+    "no prediction": Case(Streaming(predictor="none"), "nothing is read ahead"),
+    "prediction always": Case(Streaming(prefetch="on"), "read ahead whether it pays or not"),
+    "history": Case(Streaming(predictor="history"), "predicted from the two layers before"),
+    "no policy": Case(Streaming(), "no cache: room for one token's experts of one layer", slots=0),
+    "frequency": Case(Streaming(policy="frequency"), "keeps what is used often"),
+    "score": Case(Streaming(policy="score"), "keeps what routing weights (HybriMoE)"),
+    "no overlap": Case(Streaming(overlap=False), "computes when all experts of a layer are there"),
+    "one reader": Case(Streaming(readers=1), "one read in flight"),
 }
-
-
-def record(args: argparse.Namespace) -> None:
-    """The experts chosen, and those predicted, of every token and layer of a text."""
-    with ErtFile.open(args.model) as file:
-        config = plan(file.spec, file.size, context=file.spec.context, threads=1)
-        count = sum(t.role == "expert" for t in file.tensors.values())
-        weights, store = open_streamed(file, count, Streaming(prefetch="on"))
-        tokenizer = Tokenizer(file.tokenizer_json() or b"")
-        spec, forward = file.spec, Forward(weights, config, store)
-    chosen: list[list[list[int]]] = []
-    ahead: list[list[list[int]]] = []
-    try:
-        for text in args.text.read_text("utf-8").splitlines()[-args.last :]:
-            forward.cache.rewind(0)
-            body = json.loads(text)["text"] if text.startswith("{") else text
-            for token in tokenizer.encode(body)[: spec.context - 1]:
-                forward.run([token])
-                newest = int(words.newest_request(store.table, store.control))
-                found = [store.request(newest - i) for i in reversed(range(spec.layers))]
-                by_weight = [r.experts for r in found]
-                chosen.append(by_weight)
-                ahead.append([[], *([list(r.ahead) for r in found[:-1]])])
-    finally:
-        forward.close()
-    k = spec.active_experts
-    picks = np.array(chosen, np.int16)
-    guesses = np.array([[g if len(g) == k else [-1] * k for g in row] for row in ahead], np.int16)
-    right = (guesses[:, 1:, :, None] == picks[:, 1:, None, :]).any(-1).mean()
-    again = (picks[1:, :, :, None] == picks[:-1, :, None, :]).any(-1).mean()
-    np.savez_compressed(args.out, chosen=picks, ahead=guesses, experts=spec.experts)
-    print(f"{len(picks)} tokens, {spec.layers} layers of {k} of {spec.experts} experts -> {args.out}")
-    print(f"of the last token again {again:.0%}, of the predictions right {right:.0%}")
-
-
-def make(args: argparse.Namespace) -> None:
-    """Write the random file."""
-    write_random(args.out, shape(args.shape), "q4")
-    print(f"{args.out}: {args.out.stat().st_size / 1e9:.2f} GB")
-
-
-class Replay:
-    """Makes a model route as a trace says, by the biases of routers that are zero."""
-
-    def __init__(self, weights: Weights, trace: dict[str, NDArray[np.int16]]) -> None:
-        spec = weights.spec
-        size = page_padded(spec.experts * 4)
-        at = page_padded(weights.data.size)
-        self.data = np.zeros(at + 2 * spec.layers * size, np.uint8)
-        self.data[: weights.data.size] = weights.data
-        weights.data = self.data[: weights.data.size]  # the first copy goes: it would count as resident
-        tensors = dict(weights.tensors)
-        self.bias: list[NDArray[np.float32]] = []  # [E] of each layer, then of each layer's prediction
-        self.places: list[int] = []
-        for i in range(2 * spec.layers):
-            start = at + i * size
-            self.places.append(start)
-            self.bias.append(self.data[start : start + spec.experts * 4].view(np.float32))
-        for layer in range(spec.layers):
-            router = tensors[f"layers.{layer}.router"]
-            self.data[router.offset : router.offset + router.nbytes] = 0
-            name = f"layers.{layer}.router_bias"
-            tensors[name] = StoredTensor(
-                name, "vector", (spec.experts,), "f32", "flat", self.places[layer], spec.experts * 4, ""
-            )
-        self.weights = Weights(spec, self.data, tensors)
-        self._trace, self._spec = trace, spec
-
-    def attach(self, forward: Forward) -> None:
-        """Give the predicting products their own biases: they share the routers' otherwise."""
-        code = forward.code
-        column = 3 + program.FIELDS[program.MATMUL].index("bias")
-        layers = self._spec.layers
-        own = dict(zip(self.places[:layers], self.places[layers:], strict=True))
-        for row in code:
-            if row[0] == program.MATMUL and row[1] == program.FORESEEN:
-                row[column] = own[int(row[column])]
-
-    def set(self, token: int) -> None:
-        """Route as token number `token` of the trace."""
-        layers, experts = self._spec.layers, self._spec.experts
-        for i in range(layers):
-            for kind, bias in (("chosen", self.bias[i]), ("ahead", self.bias[layers + i])):
-                picks = self._picks(kind, token, i)
-                bias[:] = 0
-                bias[picks] = np.linspace(9, 8, len(picks), dtype=np.float32)
-        assert experts == len(self.bias[0])
-
-    def _picks(self, kind: str, token: int, layer: int) -> NDArray[np.int64]:
-        """Ours that stand for those of the trace."""
-        values = self._trace[kind]
-        tokens, layers, active = values.shape
-        theirs = int(self._trace["experts"])
-        wide = self._spec.experts // theirs
-        # Layers beyond the trace's own repeat its text from another place.
-        turn, own = divmod(layer, layers)
-        shift = turn * (tokens // max(1, self._spec.layers // layers))
-        picks = values[(token + shift) % tokens, own].astype(np.int64)
-        if picks[0] < 0:  # nothing is predicted for a first layer of the trace: what was there before
-            picks = (
-                values[(token + shift - 1) % tokens, own]
-                if kind == "chosen"
-                else self._trace["chosen"][(token + shift - 1) % tokens, own].astype(np.int64)
-            )
-        per = -(-self._spec.active_experts // active)
-        found = (picks[:, None] * wide + (np.arange(per) * (wide // per) + layer) % wide).reshape(-1)
-        return found[: self._spec.active_experts]
 
 
 def case(args: argparse.Namespace) -> None:
     """One measurement, in this process; prints one JSON object."""
-    streaming = CASES[args.case]
-    trace = dict(np.load(args.trace))
+    chosen = CASES[args.case]
     with ErtFile.open(args.model) as file:
-        expert_bytes = tuple(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert")
         config = plan(
             *(file.spec, file.size),
             context=CONTEXT,
             threads=args.threads,
             ram=parse_size(args.ram),
-            expert_bytes=expert_bytes,
+            expert_bytes=tuple(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert"),
             chunk=8,
         )
-        slots = file.spec.active_experts if args.case in ("on demand", "mapped") else config.expert_slots
-        weights, store = open_streamed(file, slots, streaming or Streaming(predictor="none"))
-        replay = Replay(weights, trace)
-        if streaming is None:  # the program looks into the mapping, where every expert is
+        slots = config.expert_slots if chosen.slots is None else file.spec.active_experts
+        weights, store = open_streamed(file, slots, chosen.streaming)
+        replay = Replay(weights, dict(np.load(args.trace)))
+        if chosen.mapped:  # the program looks into the mapping, where every expert is
             store.arena = file.data
-            store.table[: store.control] = Weights.of_file(file).expert_table().reshape(-1)
+            store.ring.table[: store.ring.control] = Weights.of_file(file).expert_table().reshape(-1)
         forward = Forward(replay.weights, config, store)
         replay.attach(forward)
     drop_cache(args.model)
-    before, began = None, 0.0
-    for token in range(WARM + args.tokens):
-        if token == WARM:
-            before = forward.store.totals() if forward.store else {}
-            began = time.perf_counter()
-        replay.set(token)
+    _tokens(forward, replay, 0, WARM, args.seconds)
+    before, began = store.totals(), time.perf_counter()
+    tokens = _tokens(forward, replay, WARM, args.tokens, args.seconds)
+    seconds = time.perf_counter() - began
+    stats = store.report(before)
+    forward.close()
+    found = {"tok_s": tokens / seconds, "tokens": tokens, "seconds": seconds}
+    print(json.dumps({**found, "peak_rss_bytes": peak_rss_bytes(), **stats, "piece": store.reading.piece}))
+
+
+def _tokens(forward: Forward, replay: Replay, first: int, count: int, seconds: float) -> int:
+    """Compute tokens first .. first + count - 1 of the trace, or those that the time allows; how many."""
+    end = time.perf_counter() + seconds
+    for done in range(count):
+        if time.perf_counter() > end:
+            return done
+        replay.set(first + done)
         if forward.cache.length + 1 >= CONTEXT:
             forward.cache.rewind(0)
-        forward.run([token % 1000 + 3])
-    seconds = time.perf_counter() - began
-    stats = forward.store.report(before or {}) if forward.store else {}
-    forward.close()
-    found = {"tok_s": args.tokens / seconds, "seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), **stats}
-    print(json.dumps(found))
+        forward.run([(first + done) % 1000 + 3])
+    return count
 
 
 def drop_cache(path: Path) -> None:
@@ -209,68 +128,124 @@ def drop_cache(path: Path) -> None:
         os.close(descriptor)
 
 
-def bandwidth(path: Path, size: int) -> float:
-    """Bytes per second of O_DIRECT reads of `size` bytes at random places."""
-    import mmap
-
-    from edgert.experts import FileSegments
-
-    segments, rng = FileSegments(path), np.random.default_rng(0)
-    memory, places = memoryview(mmap.mmap(-1, size)), (path.stat().st_size - size) // 4096
+def bandwidth(path: Path, size: int, reading: Reading, reads: int = 48) -> float:
+    """Bytes per second of reading `reads` spans of `size` bytes at random places, as `reading` says."""
+    source, rng = FileSource(path), np.random.default_rng(0)
+    memory = memoryview(mmap.mmap(-1, reads * size))
+    places = rng.integers((path.stat().st_size - size) // 4096, size=reads) * 4096
+    spans = [Span(path.name, int(at), memory[i * size : (i + 1) * size], size) for i, at in enumerate(places)]
     try:
-        segments.read(0, memory)
+        read_all(source, spans, reading)  # touches the memory
         began = time.perf_counter()
-        for _ in range(64):
-            segments.read(int(rng.integers(places)) * 4096, memory)
-        return 64 * size / (time.perf_counter() - began)
+        read_all(source, spans, reading)
+        return reads * size / (time.perf_counter() - began)
     finally:
-        segments.close()
+        source.close()
+
+
+def curve(path: Path) -> dict[str, float]:
+    """The flash by readers and piece, for experts of this file: bytes per second."""
+    with ErtFile.open(path) as file:
+        size = max(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert")
+    ways = sorted(CANDIDATES, key=lambda way: (way.piece, way.readers))
+    found = {f"{way.readers} x {way.piece >> 20} MiB": bandwidth(path, size, way) for way in ways}
+    for way, speed in found.items():
+        print(f"{path.name}: experts of {size / 1e6:.2f} MB, {way}: {speed / 1e9:.2f} GB/s", flush=True)
+    return found
 
 
 def run(args: argparse.Namespace) -> None:
     """Every case at every budget, interleaved over the repeats; medians."""
-    with ErtFile.open(args.model) as file:
-        size = max(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert")
-    speed = bandwidth(args.model, size)
-    print(f"{args.model.name}: reads of {size / 1e6:.2f} MB at {speed / 1e9:.2f} GB/s", flush=True)
-    names = args.case or list(CASES)
-    results: dict[tuple[str, str], list[dict[str, float]]] = {}
+    rows, flash = _measured(args)
+    if args.out:
+        args.out.write_text(json.dumps({"flash": flash, "cases": rows}, indent=1) + "\n", encoding="utf-8")
+    print(_markdown(rows, flash))
+
+
+def everything(args: argparse.Namespace) -> None:
+    """The trace, the file, and all cases at 1 and 2 GiB."""
+    began, folder = time.perf_counter(), args.out
+    folder.mkdir(parents=True, exist_ok=True)
+    moe, args.trace, args.model = folder / "moe.ert", folder / "trace.npz", folder / "olmoe.ert"
+    if not moe.exists():
+        edgert.convert(Path(edgert.__file__).parent / "assets" / "moe", moe, "q8")
+    routing = record(moe, args.text, args.last, args.trace)
+    if not args.model.exists():
+        write_random(args.model, shape("olmoe-1b-7b"), "q4")
+    args.ram, args.case = args.ram or ["1GiB", "2GiB"], None
+    rows, flash = _measured(args)
+    found = {"routing": routing, "file_bytes": args.model.stat().st_size, "flash": flash, "cases": rows}
+    (folder / "experts.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = (
+        f"{args.model.stat().st_size / 1e9:.2f} GB of random weights, OLMoE-1B-7B's shape, q4, "
+        f"{args.threads} threads, cold page cache. Routing replayed from the bundled MoE on "
+        f"{routing['tokens']} tokens: "
+        f"{routing['again']:.0%} of the experts were chosen by the token before, {routing['predicted']:.0%} "
+        f"of the predictions right.\n\n{_markdown(rows, flash)}"
+    )
+    (folder / "experts.md").write_text(text, encoding="utf-8")
+    print(f"{text}\n{time.perf_counter() - began:.0f} s in all; written to {folder}")
+
+
+def _measured(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    flash = curve(args.model)
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(args.repeats):
         for ram in args.ram:
-            for name in names:
+            for name in args.case or CASES:
                 found = _in_a_process(args, name, ram)
                 if found is not None:
-                    print(_line(ram, name, found, speed), flush=True)
+                    way = f"{found['readers']} x {found['piece'] >> 20} MiB"
+                    found["bandwidth"] = flash.get(way, max(flash.values()))
+                    print(f"{ram} {name}: {found['tok_s']:.2f} tok/s", flush=True)
                     results.setdefault((ram, name), []).append(found)
-    table = []
-    print("medians", flush=True)
+    rows = []
     for (ram, name), runs in results.items():
-        runs.sort(key=lambda r: r["tok_s"])
-        middle = runs[len(runs) // 2]
-        table.append({"ram": ram, "case": name, "bandwidth": speed, **middle})
-        print(_line(ram, name, middle, speed), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        runs.sort(key=lambda r: float(r["tok_s"]))
+        rows.append({"ram": ram, "case": name, **runs[len(runs) // 2]})
+    return rows, flash
 
 
-def _line(ram: str, name: str, found: dict[str, float], speed: float) -> str:
-    text = f"{ram:>7} {name:26} {found['tok_s']:7.2f} tok/s, peak {found['peak_rss_bytes'] / 2**20:6.0f} MiB"
-    if CASES[name] is None:
-        return text
-    asked = found["expert_hits"] + found["expert_misses"]
-    return (
-        f"{text}, hits {found['expert_hits'] / asked:5.1%}, read {found['bytes_read'] / 1e9:6.2f} GB, "
-        f"wait {found['io_wait_s']:6.2f} s of {found['seconds']:6.2f} s, bytes/bandwidth "
-        f"{found['bytes_read'] / speed:6.2f} s, useful {found['prefetch_useful']:.0f} of "
-        f"{found['prefetched']:.0f}, {found['prefetch']}"
-    )
+def _markdown(rows: list[dict[str, Any]], flash: dict[str, float]) -> str:
+    lines = ["| readers x piece | " + " | ".join(flash) + " |", "|---" * (len(flash) + 1) + "|"]
+    lines += ["| GB/s | " + " | ".join(f"{speed / 1e9:.2f}" for speed in flash.values()) + " |", ""]
+    heads = ("budget", "case", "tok/s", "of on demand", "of mapped", "peak RSS MiB", "hits", "MB a token")
+    heads += ("io_wait s", "bytes / bandwidth s", "of s", "guesses used", "prefetch", "readers")
+    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        speeds = {r["case"]: r["tok_s"] for r in rows if r["ram"] == row["ram"]}
+        ratio = {
+            name: f"{row['tok_s'] / speeds[name]:.2f}" if name in speeds else "not run"
+            for name in ("on demand", "mapped")
+        }
+        asked = row["expert_hits"] + row["misses"]
+        cells = [row["ram"], row["case"], f"{row['tok_s']:.2f}", ratio["on demand"], ratio["mapped"]]
+        cells.append(f"{row['peak_rss_bytes'] / 2**20:.0f}")
+        if CASES[row["case"]].mapped:
+            cells += ["", "", "", "", f"{row['seconds']:.1f}", "", "", ""]
+        else:
+            cells += [
+                f"{row['expert_hits'] / asked:.1%}",
+                f"{row['bytes_read'] / row['tokens'] / 1e6:.0f}",
+                f"{row['io_wait_s']:.2f}",
+                f"{row['bytes_read'] / row['bandwidth']:.2f}",
+                f"{row['seconds']:.1f}",
+                f"{row['prefetch_useful']} of {row['prefetched']}",
+                str(row["prefetch"]),
+                f"{row['readers']} x {row['piece'] >> 20} MiB",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"- {name}: {case.says}" for name, case in CASES.items())]
+    return "\n".join(lines) + "\n"
 
 
-def _in_a_process(args: argparse.Namespace, name: str, ram: str) -> dict[str, float] | None:
+def _in_a_process(args: argparse.Namespace, name: str, ram: str) -> dict[str, Any] | None:
     command = [sys.executable, __file__, "case", str(args.model), "--trace", str(args.trace)]
     command += ["--case", name, "--ram", ram, "--tokens", str(args.tokens), "--threads", str(args.threads)]
-    group = _memory_group(parse_size(ram)) if CASES[name] is None else None
-    if CASES[name] is None and group is None:
+    command += ["--seconds", str(args.seconds)]
+    mapped = CASES[name].mapped
+    group = _memory_group(parse_size(ram)) if mapped else None
+    if mapped and group is None:
         print("mapped: this machine lets us make no memory cgroup; skipped", flush=True)
         return None
 
@@ -284,7 +259,7 @@ def _in_a_process(args: argparse.Namespace, name: str, ram: str) -> dict[str, fl
     if done.returncode:
         print(f"{ram} {name}: {done.stderr.splitlines()[-1] if done.stderr else done.returncode}", flush=True)
         return None
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
@@ -308,23 +283,21 @@ def parse_args() -> argparse.Namespace:
     """The sub-command's arguments; `work` is its function."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    sub = commands.add_parser("record")
-    sub.set_defaults(work=record)
-    sub.add_argument("model", type=Path)
-    sub.add_argument("--text", type=Path, required=True)
-    sub.add_argument("--last", type=int, default=10, help="lines from the end of the text")
-    sub.add_argument("-o", "--out", type=Path, required=True)
-    sub = commands.add_parser("make")
-    sub.set_defaults(work=make)
-    sub.add_argument("--shape", default="olmoe-1b-7b")
-    sub.add_argument("-o", "--out", type=Path, required=True)
-    for name, work in (("run", run), ("case", case)):
+    for name, work in (("all", everything), ("run", run), ("case", case)):
         sub = commands.add_parser(name)
         sub.set_defaults(work=work)
+        sub.add_argument("--tokens", type=int, default=96)
+        sub.add_argument("--seconds", type=float, default=8.0, help="most to warm up, and most to measure")
+        sub.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+        if work is everything:
+            sub.add_argument("--text", type=Path, required=True, help="a story or a JSON object per line")
+            sub.add_argument("--last", type=int, default=10, help="lines from the end of the text")
+            sub.add_argument("--ram", action="append", help="[default: 1GiB and 2GiB]")
+            sub.add_argument("--repeats", type=int, default=1)
+            sub.add_argument("-o", "--out", type=Path, required=True, metavar="FOLDER")
+            continue
         sub.add_argument("model", type=Path)
         sub.add_argument("--trace", type=Path, required=True)
-        sub.add_argument("--tokens", type=int, default=256)
-        sub.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
         if work is run:
             sub.add_argument("--ram", action="append", required=True)
             sub.add_argument("--case", action="append", choices=CASES)

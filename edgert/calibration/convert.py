@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgert import converters
 from edgert.calibration.firing import Firings
 from edgert.calibration.sensitivity import Sensitivity
-from edgert.calibration.statistics import Floats, Grams
+from edgert.calibration.statistics import ExpertUses, Floats, Grams
 from edgert.calibration.text import DEFAULT_TOKENS, Text, read_text
 from edgert.calibration.walk import Walk
 from edgert.config import Quant, QuantSpec
@@ -178,6 +181,7 @@ class TextCalibration:
         self._walk = Walk(self._forward, weights, self.text.windows)
         self._grams, self._firings = Grams(), Firings(spec.activation)
         self._firing: dict[int, Firing] = {}
+        self._uses = ExpertUses(spec.layers, spec.experts)
         self.zeros_wanted = zeros
         self._at = -1  # the layer whose statistics are held; `layers` for the output
 
@@ -218,13 +222,18 @@ class TextCalibration:
             self._go_to(layer)
         return self._firing.get(layer)
 
+    def expert_uses(self) -> NDArray[np.int64]:
+        """How many tokens chose each expert, [L, E]. To be asked for when everything else was."""
+        self._go_to(self._spec.layers - 1)
+        return self._uses.counts
+
     def _go_to(self, layer: int) -> None:
         while self._at < layer:
             self._grams.clear()
             self._at += 1
             if self._at < self._spec.layers:
                 self._firings.clear()
-                self._walk.layer([self._grams, self._firings])
+                self._walk.layer([self._grams, self._firings, self._uses])
                 found = self._firings.result(self.zeros_wanted)
                 if found is not None:
                     self._firing[self._at] = found

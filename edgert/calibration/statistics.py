@@ -11,6 +11,22 @@ AT_ONCE: Final = 1024
 """Rows multiplied at once. For those of a short document alone a K by K matrix is read and written."""
 
 
+class ExpertUses:
+    """How many tokens chose each expert, [L, E]: an Observer."""
+
+    def __init__(self, layers: int, experts: int) -> None:
+        self.counts: NDArray[np.int64] = np.zeros((layers, experts), np.int64)
+
+    def see(self, names: tuple[str, ...], rows: Floats) -> None:
+        """Count the rows that an expert's `down` meets: those that chose it."""
+        parts = names[0].split(".")  # layers.I.experts.J.down
+        if len(parts) == 5 and parts[2] == "experts":
+            self.counts[int(parts[1]), int(parts[3])] += len(rows)
+
+    def see_gates(self, layer: int, rows: Floats) -> None:
+        """Of no interest here."""
+
+
 class Grams:
     """Of every input the mean of x x^T over all rows: an Observer.
 

@@ -4,15 +4,15 @@ import mmap
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgert.errors import ModelFileError
+from edgert.errors import ModelFileError, OptionError
 from edgert.experts.store import ExpertStore
 from edgert.flash import FileSource, Reading, Source, Streaming
 from edgert.flash.reading import Span, read_and_measure
 from edgert.format import ErtFile, StoredTensor
 from edgert.format.layout import page_padded
 from edgert.format.tensors import TOKENIZER
+from edgert.format.uses import uses_in
 from edgert.state import Weights
 
 
@@ -37,9 +37,13 @@ def open_streamed(
         if streaming.readers:
             reading = Reading(streaming.readers, reading.piece)
         weights = Weights(file.spec, np.frombuffer(memory, np.uint8), dict(file.tensors) | tensors)
-        store = ExpertStore(
-            file.spec, file.tensors, found, slots, streaming, reading=reading, uses=expert_uses(file)
-        )
+        uses = uses_in(file.metadata, file.spec) if streaming.pinned else None
+        if streaming.pinned and uses is None:
+            raise OptionError(
+                f"pinned is {streaming.pinned}, but {file.path} does not say which experts are used most; "
+                "convert the model with --calibrate, or pin none"
+            )
+        store = ExpertStore(file.spec, file.tensors, found, slots, streaming, reading=reading, uses=uses)
     except BaseException:
         found.close()
         raise
@@ -67,8 +71,3 @@ def _spans(held: list[StoredTensor], memory: memoryview) -> tuple[list[Span], di
         tensors[tensor.name] = replace(tensor, offset=at)
         at += size
     return spans, tensors
-
-
-def expert_uses(file: ErtFile) -> NDArray[np.float64] | None:
-    """How often the calibration text used each expert, [L, E]; None where the file was not calibrated."""
-    return None

@@ -31,7 +31,7 @@ class ExpertStore(SegmentStore):
         streaming: Streaming,
         *,
         reading: Reading | None = None,
-        uses: NDArray[np.float64] | None = None,
+        uses: NDArray[np.int64] | None = None,
         order: Callable[[list[int]], list[int]] = list,
     ) -> None:
         self.spec = spec
@@ -86,7 +86,7 @@ def index_of(spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> Index:
     ]
 
 
-def most_used(spec: ModelSpec, uses: NDArray[np.float64], count: int) -> list[Key]:
+def most_used(spec: ModelSpec, uses: NDArray[np.int64], count: int) -> list[Key]:
     """The experts used most, at most `count` of them. uses [L, E]."""
     order = np.argsort(-uses, axis=None, kind="stable").tolist()
     keys = (Key(*divmod(index, spec.experts)) for index in order)

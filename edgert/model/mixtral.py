@@ -128,7 +128,7 @@ def _spare(b: Builder, index: int, control: int) -> None:
         weights_stride=r.weights.stride,
         table=index * spec.experts * TABLE,
         control=control,
-        rows=MOST_FORESEEN,
+        most=MOST_FORESEEN,
         near=near,
         least=least,
     )
