@@ -7,6 +7,7 @@ from itertools import accumulate
 
 from edgert.speculation.costs import RowCost
 from edgert.speculation.drafter import Prices
+from edgert.speculation.expert_reads import NONE, ExpertReads, Reads
 from edgert.speculation.tree import MAX_NODES, TokenTree
 
 TRIAL = 3
@@ -103,12 +104,23 @@ class Controller:
 
     def __init__(self, names: list[str], most_nodes: int = MAX_NODES) -> None:
         self.most_nodes = most_nodes
-        self.verify = RowCost()  # of the target
+        self.verify = RowCost()  # of the target, without what it waits for experts
+        self.reads: ExpertReads | None = None  # where its experts are streamed
         self.plain_s = Recent()  # seconds of a plain step
         self.accounts = {name: Account() for name in names}
         self._guessing_rate = 0.0  # tokens per second of steps with guesses, lately
         self._size = _FIRST_SIZE  # nodes verified in a step, lately
         self._since_plain = 0
+
+    def forward_s(self, rows: int) -> float:
+        """Seconds that the target is expected to take for so many rows, and to wait for their experts."""
+        waits = self.reads.seconds(rows) if self.reads else 0.0
+        return self.verify.seconds(rows) + waits
+
+    def _observe(self, rows: int, seconds: float, reads: Reads) -> None:
+        self.verify.observe(rows, max(0.0, seconds - reads.waited_s))
+        if self.reads:
+            self.reads.observe(rows, reads)
 
     def asked(self) -> list[str]:
         """The drafters that take part in the next step; none: it is a plain one."""
@@ -133,8 +145,8 @@ class Controller:
         fours and eights, so a fourth can be nearly free. How many nodes are verified is decided, once
         they are grown, by what each number costs.
         """
-        one, sizes = self.verify.seconds(1), [size for size in _SIZES if size < self.most_nodes]
-        row_s = min((self.verify.seconds(1 + size) - one) / size for size in sizes)
+        one, sizes = self.forward_s(1), [size for size in _SIZES if size < self.most_nodes]
+        row_s = min((self.forward_s(1 + size) - one) / size for size in sizes)
         likely = min(self.most_nodes - 1, math.ceil(_SLACK * self._size))
         return Prices(self.rate, self.rate * row_s, depth, self.most_nodes - 1, likely)
 
@@ -146,17 +158,17 @@ class Controller:
         ranked = tree.ranked()[: max(0, min(self.most_nodes, room) - 1)]
         gains = accumulate(math.exp(tree.logprobs[node]) for node in ranked)
         rate, count = self.rate, 0
-        best = -rate * self.verify.seconds(1)
+        best = -rate * self.forward_s(1)
         for size, gain in enumerate(gains, 1):
-            value = gain - rate * self.verify.seconds(size + 1)
+            value = gain - rate * self.forward_s(size + 1)
             if value > best or size <= least:
                 best, count = max(best, value), size
         return sorted(ranked[:count])
 
-    def plain_step(self, seconds: float, verify_s: float | None = None) -> None:
-        """A plain step took so long in all; and its forward, where that was timed apart."""
+    def plain_step(self, seconds: float, verify_s: float | None = None, reads: Reads = NONE) -> None:
+        """A plain step took so long in all; and its forward, where that was timed apart, and read this."""
         self.plain_s.observe(seconds)
-        self.verify.observe(1, seconds if verify_s is None else verify_s)
+        self._observe(1, seconds if verify_s is None else verify_s, reads)
         self._since_plain = 0
 
     def rest(self) -> int:
@@ -166,10 +178,13 @@ class Controller:
             account.resting -= steps
         return steps
 
-    def guessing_step(self, seconds: float, tokens: int, rows: int, verify_s: float) -> None:
-        """A step with guesses took so long, gave so many tokens, and verified so many rows."""
+    def guessing_step(
+        self, seconds: float, tokens: int, rows: int, verify_s: float, reads: Reads = NONE
+    ) -> None:
+        """A step with guesses took so long, gave so many tokens, and verified so many rows, which read
+        this."""
         self._guessing_rate += _SMOOTHING * (tokens / seconds - self._guessing_rate)
-        self.verify.observe(rows, verify_s)
+        self._observe(rows, verify_s, reads)
         self._size += _SMOOTHING * (max(2, rows - 1) - self._size)
         self._since_plain += 1
         for account in self.accounts.values():
@@ -184,7 +199,7 @@ class Controller:
             return
         if not nodes and draft_s < _FREE * plain:
             return  # it had nothing to say, and that cost nothing
-        extra = self.verify.seconds(1 + verified) - self.verify.seconds(1)
+        extra = self.forward_s(1 + verified) - self.forward_s(1)
         share = extra * nodes / verified if verified else 0.0
         self.accounts[name].settle(taken - (draft_s + share) / plain, late_s / plain)
 

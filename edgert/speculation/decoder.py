@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from edgert.decoding import Commit, Plain, Report, TokenSequence
 from edgert.speculation.controller import TIMED, Controller
 from edgert.speculation.drafter import Drafter
+from edgert.speculation.expert_reads import ExpertReads, reads_so_far
 from edgert.speculation.tally import Tally
 from edgert.speculation.tree import TokenTree
 
@@ -35,6 +36,9 @@ class Speculation:
     def begin(self, sequence: TokenSequence) -> Report:
         """A new sequence: trees of the old one are of no use, what was learned is."""
         self._tree, self._tally = None, Tally()
+        store = sequence.forward.store
+        if store is not None and self.controller.reads is None:
+            self.controller.reads = ExpertReads.of(store)
         for drafter in self._drafters.values():
             drafter.begin(sequence)
         tally = self._tally
@@ -63,16 +67,17 @@ class Speculation:
         least = 2 if self.controller.trying(asked) else 0
         nodes = self.controller.choose(tree, depth + 1, least) if asked else []
         grown, drafted = len(tree), time.perf_counter()
+        before = reads_so_far(sequence.forward)
         logits = self._run(sequence, tree, nodes, asked)
-        verified = time.perf_counter()
+        verified, reads = time.perf_counter(), reads_so_far(sequence.forward).since(before)
         path, commits = self._accept(sequence, tree, nodes, logits)
         self._settle(sequence, tree, path, commits)
         self._judge(tree, nodes, path, commits, times)
         verify_s, seconds = verified - drafted, time.perf_counter() - began
         if asked:
-            self.controller.guessing_step(seconds, len(commits), 1 + len(nodes), verify_s)
+            self.controller.guessing_step(seconds, len(commits), 1 + len(nodes), verify_s, reads)
         else:
-            self.controller.plain_step(seconds, verify_s)
+            self.controller.plain_step(seconds, verify_s, reads)
         if self._tree is None:
             self._quiet = self.controller.rest()
         self._tally.count(len(commits), grown - 1, len(nodes), drafted - began, verify_s)
@@ -86,10 +91,11 @@ class Speculation:
     def _plain(self, sequence: TokenSequence) -> list[Commit]:
         """A plain step that is timed, so that the controller knows what guessing has to beat."""
         decoding = sequence.pending == 1
-        began = time.perf_counter()
+        before, began = reads_so_far(sequence.forward), time.perf_counter()
         commits = self._unguessed.step(sequence)
         if decoding:
-            self.controller.plain_step(time.perf_counter() - began)
+            reads = reads_so_far(sequence.forward).since(before)
+            self.controller.plain_step(time.perf_counter() - began, reads=reads)
         return commits
 
     def _grow(
