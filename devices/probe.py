@@ -14,10 +14,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.errors import UsageError
+from edgert.flash.reading import CANDIDATES, rate
 from edgert.kernels import matmul, packing, stream, target
 
 STREAM_BYTES = 512 << 20
 """Read per measurement: many times any cache."""
+_FLASH_FILE = 256 << 20
+"""The least file that flash is measured with."""
 _ROUNDS = 7
 """Measurements of each figure; their median is given, because shared machines hiccup."""
 
@@ -50,6 +54,20 @@ def probe(threads: int) -> Probe:
         rows=rows,
         row_cost=tuple(cost / costs[0] for cost in costs),
     )
+
+
+def flash_rates(path: Path) -> dict[str, float]:
+    """GB/s of reading a file past the page cache, by how many read at once and how much at a time.
+
+    Keys are like "4 x 1 MiB". Raises UsageError for a file too small to say anything.
+    """
+    if path.stat().st_size < _FLASH_FILE:
+        raise UsageError(
+            f"{path} has {path.stat().st_size >> 20} MiB, expected at least {_FLASH_FILE >> 20}, so that no "
+            "cache of the device holds it; give a larger file"
+        )
+    ways = sorted(CANDIDATES, key=lambda way: (way.piece, way.readers))
+    return {str(way): rate(path, 4 << 20, way) / 1e9 for way in ways}
 
 
 class StreamReader:

@@ -166,8 +166,11 @@ def test_streamed_equals_resident(
 
 @pytest.mark.parametrize("slots", [2, 48])
 def test_without_overlap_the_bits_are_the_same(weights: Weights, expected: inputs.F32, slots: int) -> None:
-    with streamed(weights, slots, Streaming(overlap=False)) as model:
+    memory = Memory(weights, 2e-3)
+    with streamed(weights, slots, Streaming(overlap=False), segments=memory, reading=Reading(2)) as model:
         inputs.same(feed(model, PIECES[:1] if slots == 2 else PIECES)[:17], expected[:17])
+        assert model.store is not None
+        assert model.store.totals()["io_wait_s"] > 1e-3  # it waits in Python, and that counts too
 
 
 def test_two_slots_serve_a_chunk_that_needs_every_expert(weights: Weights, expected: inputs.F32) -> None:
@@ -420,6 +423,15 @@ def test_a_thread_that_waits_for_another_leaves_the_places_of_resident_experts_a
     kernel.run_experts(0, c, bytes_, table, routes, f, *rest)
     other.join()
     np.testing.assert_array_equal(table, 0)
+
+
+def test_pinned_experts_that_cannot_be_read_are_an_error(weights: Weights) -> None:
+    uses = np.ones((SPEC.layers, SPEC.experts), np.int64)
+    with pytest.raises(ModelFileError, match=r"layers\.\d\.experts\.\d+ cannot be read"):
+        ExpertStore(
+            SPEC, weights.tensors, Broken(weights, {3}, "error"), 12, Streaming(pinned=0.5), uses=uses
+        )
+    assert not [t for t in threading.enumerate() if t.name.startswith("edgert-flash")]
 
 
 def test_checksums_of_experts_are_compared_when_they_are_first_read(weights: Weights) -> None:

@@ -74,6 +74,22 @@ def test_the_command_streams_and_says_so(moe_file: Path, cli: Callable[..., inpu
     assert "misses" not in one["stats"]
 
 
+def test_the_command_takes_choices_and_refuses_others(moe_file: Path, cli: Callable[..., inputs.Any]) -> None:
+    run = ("run", moe_file, "-p", "One", "-n", 5, "--ram", budget(moe_file, 5))
+    found = cli(*run, "--json", "--experts", "readers=2", "--experts", "overlap=false")
+    assert json.loads(found.out)["stats"]["readers"] == 2
+    assert "APPROXIMATE" in cli(*run, "--experts", "swap_near=0.5").err
+    for wrong, said in (
+        ("magic=1", "--experts names 'magic'; expected one of policy, "),
+        ("readers=two", "--experts readers is 'two'; expected a whole number"),
+        ("overlap=0", "--experts overlap is '0'; expected true or false"),
+        ("pinned=2", "pinned is 2.0; expected a share from 0 to below 1"),
+    ):
+        refused = cli(*run, "--experts", wrong)
+        assert refused.status == 2
+        assert said in refused.err
+
+
 def test_what_cannot_fit_is_refused_with_the_least_that_would(moe_file: Path) -> None:
     least = budget(moe_file, 2)
     with pytest.raises(MemoryBudgetError) as caught:

@@ -4,11 +4,13 @@ import errno
 import mmap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from edgert.errors import ModelFileError
-from edgert.flash.reading import CANDIDATES, MIB, Reading, Span, choose, cut, read_all, read_and_measure
+from edgert.devices.probe import flash_rates
+from edgert.errors import ModelFileError, UsageError
+from edgert.flash.reading import CANDIDATES, MIB, Reading, Span, choose, cut, rate, read_all, read_and_measure
 from tests import kernel_inputs as inputs
 
 DATA = inputs.raw("reading", 3 * MIB).tobytes()
@@ -91,3 +93,11 @@ def test_readers_that_gain_nothing_are_not_kept() -> None:
     rates = {Reading(1, MIB): 0.99e9, Reading(2, MIB): 1e9, Reading(4, MIB): 1e9, Reading(1, 4 * MIB): 0.98e9}
     assert choose(rates) == Reading(1, MIB)
     assert choose(rates | {Reading(4, 4 * MIB): 1.8e9}) == Reading(4, 4 * MIB)
+
+
+def test_a_file_is_read_at_random_places_to_time_it(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(DATA)
+    assert rate(path, MIB, Reading(2, MIB), reads=3) > 0
+    with pytest.raises(UsageError, match="has 3 MiB, expected at least 256"):
+        flash_rates(path)

@@ -18,7 +18,6 @@ slots are full and the governor has decided once, or after as many seconds.
 
 import argparse
 import json
-import mmap
 import os
 import subprocess
 import sys
@@ -32,8 +31,8 @@ from routing_replay import Replay, record
 
 import edgert
 from edgert.experts import open_streamed
-from edgert.flash import FileSource, Reading, Streaming
-from edgert.flash.reading import CANDIDATES, Span, read_all
+from edgert.flash import Streaming
+from edgert.flash.reading import CANDIDATES, rate
 from edgert.format import ErtFile
 from edgert.format.layout import page_padded
 from edgert.model.forward import Forward
@@ -128,27 +127,12 @@ def drop_cache(path: Path) -> None:
         os.close(descriptor)
 
 
-def bandwidth(path: Path, size: int, reading: Reading, reads: int = 48) -> float:
-    """Bytes per second of reading `reads` spans of `size` bytes at random places, as `reading` says."""
-    source, rng = FileSource(path), np.random.default_rng(0)
-    memory = memoryview(mmap.mmap(-1, reads * size))
-    places = rng.integers((path.stat().st_size - size) // 4096, size=reads) * 4096
-    spans = [Span(path.name, int(at), memory[i * size : (i + 1) * size], size) for i, at in enumerate(places)]
-    try:
-        read_all(source, spans, reading)  # touches the memory
-        began = time.perf_counter()
-        read_all(source, spans, reading)
-        return reads * size / (time.perf_counter() - began)
-    finally:
-        source.close()
-
-
 def curve(path: Path) -> dict[str, float]:
     """The flash by readers and piece, for experts of this file: bytes per second."""
     with ErtFile.open(path) as file:
         size = max(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert")
     ways = sorted(CANDIDATES, key=lambda way: (way.piece, way.readers))
-    found = {f"{way.readers} x {way.piece >> 20} MiB": bandwidth(path, size, way) for way in ways}
+    found = {str(way): rate(path, size, way) for way in ways}
     for way, speed in found.items():
         print(f"{path.name}: experts of {size / 1e6:.2f} MB, {way}: {speed / 1e9:.2f} GB/s", flush=True)
     return found
@@ -287,7 +271,7 @@ def parse_args() -> argparse.Namespace:
         sub = commands.add_parser(name)
         sub.set_defaults(work=work)
         sub.add_argument("--tokens", type=int, default=96)
-        sub.add_argument("--seconds", type=float, default=8.0, help="most to warm up, and most to measure")
+        sub.add_argument("--seconds", type=float, default=6.0, help="most to warm up, and most to measure")
         sub.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
         if work is everything:
             sub.add_argument("--text", type=Path, required=True, help="a story or a JSON object per line")

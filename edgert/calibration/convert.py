@@ -188,6 +188,7 @@ class TextCalibration:
     def restart(self) -> None:
         """Begin again, before the first layer."""
         self._walk.reached, self._at = self._spec.first_layer, -1
+        self._uses.counts[:] = 0
 
     def rows(self, name: str) -> int:
         """How many rows a matrix met that `gram` was just asked for."""

@@ -19,20 +19,27 @@ from edgert.planner import cores
 
 @click.command("probe")
 @click.option("-t", "--threads", type=click.IntRange(min=1), help="Most threads to try. [default: all cores]")
+@click.option(
+    "--file", "file", type=FILE, metavar="FILE", help="Measure how fast this large file is read too."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def probe_command(threads: int | None, as_json: bool) -> None:
-    """Measure this device: memory bandwidth, arithmetic, and what more rows cost."""
-    from edgert.devices.probe import probe
+def probe_command(threads: int | None, file: Path | None, as_json: bool) -> None:
+    """Measure this device: memory bandwidth, arithmetic, what more rows cost, and flash."""
+    from edgert.devices.probe import flash_rates, probe
 
+    flash = flash_rates(file) if file else {}
     found = probe(threads or cores())
     if as_json:
-        print(json.dumps(dataclasses.asdict(found)))
+        print(json.dumps(dataclasses.asdict(found) | {"flash_gb_s": flash}))
         return
     print(f"cpu        {found.cpu}, {found.lowering}, {found.cores} threads, {size_text(found.ram_bytes)}")
     print(f"memory     {_by_threads(found.stream_gb_s)} GB/s read")
     print(f"products   {_by_threads(found.q4_gop_s)} GOP/s, q4 by int8")
     costs = ", ".join(f"{n}: {cost:.2f}" for n, cost in zip(found.rows, found.row_cost, strict=True))
     print(f"rows       {costs} (time of so many rows over that of one, one thread)")
+    if flash:
+        ways = ", ".join(f"{way}: {speed:.2f}" for way, speed in flash.items())
+        print(f"flash      {ways} GB/s (readers x piece, of 4 MiB at random places)")
 
 
 def _by_threads(values: tuple[float, ...]) -> str:

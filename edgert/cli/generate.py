@@ -13,10 +13,12 @@ from edgert.cli.options import (
     FILE,
     draft_options,
     engine_options,
+    experts_option,
     handoff_config,
     handoff_options,
     sampling_options,
     sparsity_option,
+    streaming_of,
 )
 from edgert.events import Completion
 from edgert.generation import Generation
@@ -36,6 +38,7 @@ INTERRUPTED = 130
 @handoff_options
 @engine_options
 @sparsity_option
+@experts_option
 def run_command(file: Path, prompt: str | None, as_json: bool, **options: Any) -> int:
     """Continue a text: stream it to stdout, one line of timing to stderr."""
     text = sys.stdin.read() if prompt is None else prompt
@@ -61,6 +64,7 @@ def run_command(file: Path, prompt: str | None, as_json: bool, **options: Any) -
 @handoff_options
 @engine_options
 @sparsity_option
+@experts_option
 def chat_command(file: Path, system: str | None, **options: Any) -> int:
     """Talk with a model, in its own chat template. Ctrl-C stops an answer, Ctrl-D ends."""
     messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
@@ -89,6 +93,8 @@ def timing_line(done: Completion, load_s: float | None) -> str:
     loaded = "" if load_s is None else f"load {load_s:.2f} s | "
     steps, over = done.stats.get("accepted_per_step"), done.stats.get("handoffs")
     draft = "" if steps is None else f"{steps:.2f} tokens per verification | "
+    if done.stats.get("approximate"):
+        draft += "APPROXIMATE experts | "
     exits = "" if over is None else f"{done.stats['exits']} from exits, {over} handed over | "
     if done.stats.get("fallbacks"):
         exits += f"{done.stats['fallbacks']} WITHOUT AN ANSWER ({done.stats['link_error']}) | "
@@ -116,7 +122,8 @@ def _open(file: Path, options: dict[str, Any]) -> Model:
     handoff = handoff_config(options)
     if handoff is not None:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what gRPC prints of its own is not for users
-    return load(file, draft=options["draft"] or None, handoff=handoff, **given)
+    streaming = streaming_of(options["experts"])
+    return load(file, draft=options["draft"] or None, handoff=handoff, streaming=streaming, **given)
 
 
 def _sampling(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Options that several verbs share, and how numbers are shown."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from edgert.config import KV_TYPES
+from edgert.errors import OptionError
+from edgert.flash.config import Streaming
 from edgert.format import ExitCalibration
 from edgert.handoff.setup import HandoffConfig, Mode
 
@@ -49,6 +52,35 @@ def sparsity_option(function: Command) -> Command:
         show_default=True,
         help="Of a file converted with a share of zeros: none computes the small activations too.",
     )(function)
+
+
+def experts_option(function: Command) -> Command:
+    """--experts: how experts are read from the file, field by field of `edgert.Streaming`."""
+    return click.option(
+        "--experts",
+        "experts",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Of experts that --ram does not hold: a field of edgert.Streaming, e.g. pinned=0.25; may be "
+        "repeated. swap_near and drop_below change the text (docs/experts.md).",
+    )(function)
+
+
+def streaming_of(values: tuple[str, ...]) -> Streaming | None:
+    """A Streaming of texts like "pinned=0.25"; None for none. Raises OptionError for other texts."""
+    types: dict[str, type[Any]] = {field.name: type(field.default) for field in fields(Streaming)}
+    given: dict[str, Any] = {}
+    for text in values:
+        name, _, value = text.partition("=")
+        kind = types.get(name)
+        if kind is None:
+            raise OptionError(f"--experts names {name!r}; expected one of {', '.join(types)}, as NAME=VALUE")
+        try:
+            given[name] = {"true": True, "false": False}[value] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+            raise OptionError(f"--experts {name} is {value!r}; expected {expected}") from None
+    return Streaming(**given) if given else None
 
 
 def draft_options(function: Command) -> Command:

@@ -49,7 +49,11 @@ class ExpertStore(SegmentStore):
         if uses is not None and streaming.pinned:
             most = self.slots.count - max(2, spec.active_experts)
             count = min(most, int(streaming.pinned * self.slots.count))
-            self.preload(most_used(spec, uses, count))
+            try:
+                self.preload(most_used(spec, uses, count))
+            except BaseException:
+                self.close()
+                raise
             self.pinned = count
 
     def attach_run(self, routes: NDArray[np.int64], counters: int, units: int) -> None:

@@ -1,14 +1,18 @@
 """How many reads at once, and how large: what this flash is fastest with, found by reading from it."""
 
+import mmap
+import random
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 from edgert.errors import EdgertError, ModelFileError
-from edgert.flash.source import Source
+from edgert.flash.source import FileSource, Source
+from edgert.format.layout import PAGE
 
 MIB = 1 << 20
 
@@ -19,6 +23,9 @@ class Reading:
 
     readers: int = 1
     piece: int = 4 * MIB  # bytes; a larger segment is cut, and its pieces are read side by side
+
+    def __str__(self) -> str:
+        return f"{self.readers} x {self.piece >> 20} MiB"
 
 
 CANDIDATES = tuple(Reading(n, piece) for n in (4, 1, 2, 8) for piece in (MIB, 4 * MIB))
@@ -110,6 +117,25 @@ def read_and_measure(source: Source, spans: Sequence[Span]) -> tuple[Reading, di
     best = choose(found)
     read_all(source, small, best)
     return best, found
+
+
+def rate(path: Path, size: int, reading: Reading, reads: int = 24) -> float:
+    """Bytes per second of reading `reads` spans of `size` bytes at random places of a file.
+
+    Raises ModelFileError where they cannot be read.
+    """
+    memory = memoryview(mmap.mmap(-1, reads * size))
+    pages = max(1, (path.stat().st_size - size) // PAGE)
+    places = [random.Random(at).randrange(pages) * PAGE for at in range(reads)]
+    spans = [Span(path.name, at, memory[i * size : (i + 1) * size], 0) for i, at in enumerate(places)]
+    memory[:] = bytes(len(memory))  # touched once, outside the timing
+    source = FileSource(path)
+    try:
+        began = time.perf_counter()
+        read_all(source, spans, reading)
+        return reads * size / (time.perf_counter() - began)
+    finally:
+        source.close()
 
 
 def choose(rates: dict[Reading, float]) -> Reading:

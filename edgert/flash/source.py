@@ -69,6 +69,7 @@ class FileSource:
         for descriptor in (self._direct, self._buffered):
             if descriptor >= 0:
                 os.close(descriptor)
+        self._direct = self._buffered = -1
 
     def _fall_back(self) -> None:
         with self._lock:
