@@ -4,7 +4,7 @@ import mmap
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -93,7 +93,9 @@ def read_all(source: Source, spans: Sequence[Span], reading: Reading) -> None:
         raise errors[0]
 
 
-def read_and_measure(source: Source, spans: Sequence[Span]) -> tuple[Reading, dict[Reading, float]]:
+def read_and_measure(
+    source: Source, spans: Sequence[Span], clock: Callable[[], float] = time.perf_counter
+) -> tuple[Reading, dict[Reading, float]]:
     """Read all spans, some in each way of CANDIDATES by turns; the way that is best, and bytes per second.
 
     Nothing is read twice: what is measured is the loading of the model. Where it is too small to measure
@@ -108,11 +110,11 @@ def read_and_measure(source: Source, spans: Sequence[Span]) -> tuple[Reading, di
         batches[-1].append(part)
     rates: dict[Reading, list[float]] = {}
     for turn, batch in enumerate(batches):
-        reading, began = CANDIDATES[turn % len(CANDIDATES)], time.perf_counter()
+        reading, began = CANDIDATES[turn % len(CANDIDATES)], clock()
         read_all(source, batch, reading)
         size = sum(len(part.into) for part in batch)
         if size > BATCH // 2:
-            rates.setdefault(reading, []).append(size / max(1e-9, time.perf_counter() - began))
+            rates.setdefault(reading, []).append(size / max(1e-9, clock() - began))
     found = {reading: median(kept) for reading, kept in rates.items()}
     best = choose(found)
     read_all(source, small, best)
