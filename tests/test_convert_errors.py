@@ -116,9 +116,9 @@ FAILURES: dict[str, tuple[Callable[[Path], Any], type[EdgertError], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), NotAModelError, "found no config.json"),
     "no model_type": (edit("config.json", model_type=None), NotAModelError, "found no model_type"),
     "unknown architecture": (
-        edit("config.json", model_type="gemma3"),
+        edit("config.json", model_type="gemma3n"),
         UnsupportedError,
-        "found model_type 'gemma3', expected one of llama, mistral, ministral, qwen2, qwen3",
+        "found model_type 'gemma3n', expected one of llama, mistral, ministral, qwen2, qwen3",
     ),
     "cut config": (rewrite("config.json", lambda d: d[:40]), ConversionError, "found damaged JSON"),
     "config of another kind": (

@@ -211,11 +211,29 @@ def hf_samples(folder: Path) -> Iterator[Sample]:
             json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "{{ 1 }}"})
         )
         yield {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
+    yield _with_pictures(folder / "gemma3_scaled_cap_v4")
     (folder / name / "tokenizer.json").unlink()
     stored = json.loads((ROOT / "tests" / "goldens" / "sentencepiece.json").read_text())
     (folder / name / "tokenizer.model").write_bytes(base64.b64decode(stored["model"]))
     (folder / name / "added_tokens.json").write_text('{"<end>": 480}')
     yield {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
+
+
+def _with_pictures(folder: Path) -> Sample:
+    """A model as the language model of one that sees, whose tensors have other names."""
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    config = json.loads(files["config.json"])
+    outer = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": config,
+    }
+    files["config.json"] = json.dumps(outer | {"eos_token_id": 2}).encode()
+    renamed = re.sub(rb'"model\.', b'"model.language_model.', files["model.safetensors"][8:])
+    length = int.from_bytes(files["model.safetensors"][:8], "little")
+    added = len(renamed) - len(files["model.safetensors"]) + 8
+    files["model.safetensors"] = (length + added).to_bytes(8, "little") + renamed
+    return files
 
 
 def ert_samples(folder: Path) -> Iterator[Sample]:

@@ -29,13 +29,13 @@ from tests import tiny_models  # noqa: E402
 
 PUBLISHED = {
     "llama": "Llama 1 to 3, SmolLM 1 and 2, TinyLlama, Yi",
-    "mistral": "Mistral 7B, Nemo",
+    "mistral": "Mistral 7B, Nemo; of Small 3.1 (`mistral3`) the language model",
     "ministral": "Ministral 8B",
     "qwen2": "Qwen 2 and 2.5",
     "qwen3": "Qwen 3",
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
-    "gemma3_text": "Gemma 3 270M and 1B",
+    "gemma3_text": "Gemma 3 270M and 1B; of 4B to 27B (`gemma3`) the language model",
     "phi3": "Phi 3 and 4, mini and medium",
     "smollm3": "SmolLM3",
     "granite": "Granite 3",
@@ -84,8 +84,9 @@ TAIL = """
   (which shows from 256 positions on, or where slopes are no powers of two), and its eager attention (5.23)
   adds them twice, so that these two models are compared with its default attention.
 - Refused for what they compute: stablelm with `qk_layernorm` (2 12B), cohere with `use_qk_norm` (Command R+),
-  opt with `word_embed_proj_dim` or norms behind (350M), gpt2 with `scale_attn_by_inverse_layer_idx`, Gemma 3
-  with images, and every model_type that is not in the table.
+  opt with `word_embed_proj_dim` or norms behind (350M), gpt2 with `scale_attn_by_inverse_layer_idx`, and
+  every model_type that is not in the table.
+- Models for pictures and text are converted without what sees pictures.
 """
 
 

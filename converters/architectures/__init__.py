@@ -36,6 +36,7 @@ from edgert.converters.architectures import (
 )
 from edgert.converters.architectures.family import Decoder, Variant, read_decoder
 from edgert.converters.architectures.names import source_name
+from edgert.converters.architectures.wrapped import WRAPPED, of_wrapped, unwrapped
 from edgert.converters.hf_config import HfConfig, shown
 from edgert.errors import NotAModelError, UnsupportedError
 
@@ -83,9 +84,14 @@ def describe(config: HfConfig, generation: HfConfig) -> Decoder:
             "check that this is the model's folder"
         )
     model_type = config.text("model_type")
+    if model_type in WRAPPED:
+        inner = unwrapped(config)
+        variant = of_wrapped(VARIANTS[inner.text("model_type")], inner, model_type)
+        return read_decoder(inner, generation, variant)
     if model_type not in VARIANTS:
+        known = ", ".join((*VARIANTS, *WRAPPED))
         raise UnsupportedError(
-            f"{config.where}: found model_type {shown(model_type)}, expected one of {', '.join(VARIANTS)}; "
+            f"{config.where}: found model_type {shown(model_type)}, expected one of {known}; "
             "convert a model of a supported architecture"
         )
     return read_decoder(config, generation, VARIANTS[model_type](config))

@@ -116,6 +116,8 @@ class Layout:
     transposed: frozenset[str] = frozenset()  # matrices stored as [K, N], by the name in their layer
     interleaved: bool = False  # rotary pairs are neighbours (2i, 2i + 1), not the halves (i, i + r/2)
     renamed: Mapping[str, str] = field(default_factory=dict)  # later names of some, and ours for them
+    prefixes: Mapping[str, str] = field(default_factory=dict)  # what opens names there, and here
+    foreign: tuple[str, ...] = ()  # what opens the names of tensors that belong to another model
     ignored: tuple[str, ...] = ()  # ends of names of buffers that are no weights
 
     def source_name(self, name: str) -> str:
@@ -171,7 +173,9 @@ class Layout:
         named = any(name.startswith(self.base) for name in tensors)
         for found, tensor in tensors.items():
             name = self.renamed.get(found, found)
-            if not name.endswith(self.ignored):
+            prefix = next((prefix for prefix in self.prefixes if name.startswith(prefix)), "")
+            name = self.prefixes.get(prefix, "") + name.removeprefix(prefix)
+            if not name.endswith(self.ignored) and not (self.foreign and name.startswith(self.foreign)):
                 yield name if named or name == "lm_head.weight" else self.base + name, tensor
 
     def _cut_experts(
