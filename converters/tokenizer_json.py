@@ -142,7 +142,13 @@ def template(tokens: Sequence[str], bos: int | None, eos: int | None) -> Descrip
 
 def encoded(description: Description, where: str) -> bytes:
     """The bytes of a tokenizer.json; ConversionError if it does not work or moves a token to another id."""
-    data = json.dumps({"version": "1.0", **description}, ensure_ascii=False).encode()
+    try:
+        data = json.dumps({"version": "1.0", **description}, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half a character, which JSON can write down
+        raise ConversionError(
+            f"{where}: found a token with {shown(error.object[error.start : error.end])}, expected Unicode; "
+            "download the file again"
+        ) from None
     try:
         made = Tokenizer(data)
     except FormatError as error:

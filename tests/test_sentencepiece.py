@@ -145,6 +145,12 @@ REFUSED: dict[str, tuple[bytes, dict[str, Any], type[EdgertError], str]] = {
         ConversionError,
         "found '-1'",
     ),
+    "an added token of half a character": (
+        model(),
+        {"added_tokens_decoder": {"8": {"content": "\ud800"}}},
+        ConversionError,
+        "a token with '.*ud800', expected Unicode",
+    ),
     "an added token without text": (
         model(),
         {"added_tokens_decoder": {"8": {}}},
