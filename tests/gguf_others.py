@@ -26,6 +26,7 @@ NAMES = {
     "starcoder2": "starcoder2",
     "stablelm": "stablelm",
     "cohere": "command-r",
+    "cohere2": "cohere2",
     "gpt2": "gpt2",
     "gpt_neox": "gptneox",
 }
@@ -51,13 +52,14 @@ CASES: dict[str, Config] = {
     "stablelm_biases": {},
     "stablelm_parallel": {},
     "cohere_tied": {},
+    "cohere2_hybrid": {"layer_types": [SLIDING] * 3 + [FULL], "num_hidden_layers": 4},
     "gpt2_defaults": {},
     "gpt_neox_parallel": {},
     "gpt_neox_in_turn": {"attention_bias": True},
     "gpt_neox_v4": {"tie_word_embeddings": False},
 }
 """Tiny configurations with what GGUF cannot say, and llama.cpp takes for granted, set to that."""
-LAYER_NORMS = ("starcoder2", "stablelm", "cohere", "gpt2", "gpt_neox")
+LAYER_NORMS = ("starcoder2", "stablelm", "cohere", "cohere2", "gpt2", "gpt_neox")
 REORDERED = ("granite", "smollm3")
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
@@ -118,7 +120,7 @@ def _write_own(writer: gguf.GGUFWriter, config: Config) -> None:
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
-    if kind == "cohere":
+    if kind in ("cohere", "cohere2"):
         writer.add_logit_scale(config["logit_scale"])
         writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
     if config.get("attn_logit_softcapping"):

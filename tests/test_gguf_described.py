@@ -68,6 +68,13 @@ def test_quantised_weights_take_a_factor_and_stay_what_they_are(
             np.testing.assert_allclose(found, wanted, rtol=2.0**-10, atol=largest * 2.0**-10)
 
 
+def test_a_window_that_the_file_does_not_place_is_refused(tmp_path: Path) -> None:
+    """llama.cpp calls OLMo 3 olmo2, and which of its layers have the window is not in the file."""
+    path = exported(tmp_path, "olmo2_gqa", sliding_window=8)
+    with pytest.raises(UnsupportedError, match=r"olmo2: found attention.sliding_window 8, expected none"):
+        edgert.convert(path, tmp_path / "m.ert")
+
+
 def test_what_the_file_cannot_mean_is_refused(tmp_path: Path) -> None:
     path = exported(tmp_path, "granite_untied_head_dim")
     data = bytearray(path.read_bytes())

@@ -83,6 +83,28 @@ def _olmo2(**options: Any) -> Config:
     return config
 
 
+def _olmo3(**options: Any) -> Config:
+    own = {
+        "attention_bias": False,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "max_position_embeddings": 128,
+        "num_hidden_layers": 3,
+        "rope_parameters": {
+            "full_attention": {
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "rope_theta": 10000.0,
+                "rope_type": "yarn",
+            },
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 12,
+    }
+    config = base_config("olmo3", "Olmo3ForCausalLM", **own | options)
+    del config["head_dim"]
+    return config
+
+
 def _glm4(**options: Any) -> Config:
     own = {
         "attention_bias": True,
@@ -186,6 +208,8 @@ GATED: dict[str, Config] = {
         num_key_value_heads=5,
         intermediate_size=172,
     ),
+    # olmo3: windows in some layers, rope stretched in the others
+    "olmo3_hybrid_yarn": _olmo3(),
     # glm4: norms around, fused gate and up, neighbours rotated, in half or a quarter of a head
     "glm4_gqa": _glm4(),
     "glm4_quarter_tied": _glm4(

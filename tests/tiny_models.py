@@ -85,6 +85,7 @@ _BEHIND = {
     "gemma2": (0.4, "post_attention_layernorm", "post_feedforward_layernorm"),
     "gemma3_text": (0.2, "post_attention_layernorm", "post_feedforward_layernorm"),
     "olmo2": (0.05, "post_attention_layernorm", "post_feedforward_layernorm"),
+    "olmo3": (0.04, "post_attention_layernorm", "post_feedforward_layernorm"),
     "exaone4": (0.05, "post_attention_layernorm", "post_feedforward_layernorm"),
     "glm4": (0.05, "post_self_attn_layernorm", "post_mlp_layernorm"),
 }

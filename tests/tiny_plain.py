@@ -42,6 +42,17 @@ def _cohere(**options: Any) -> Config:
     return without(base_config("cohere", "CohereForCausalLM", **own | options), "rms_norm_eps", "head_dim")
 
 
+def _cohere2(**options: Any) -> Config:
+    own = {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_hidden_layers": 3,
+        "sliding_window": 12,
+    }
+    named = {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2"}
+    config = _cohere(**own | options) | named
+    return without(config, "use_qk_norm")
+
+
 def _gpt2(**options: Any) -> Config:
     own = {
         "activation_function": "gelu_new",
@@ -126,6 +137,8 @@ PLAIN: dict[str, Config] = {
     "cohere_biases": _cohere(
         attention_bias=True, layer_norm_eps=0.05, logit_scale=2.0, tie_word_embeddings=False
     ),
+    # cohere2: windows in some layers, and rope in those alone
+    "cohere2_hybrid": _cohere2(rope_parameters={"rope_theta": 100.0, "rope_type": "default"}),
     # gpt2: learned positions, fused and transposed matrices
     "gpt2_defaults": _gpt2(),
     "gpt2_relu_odd_sizes": _gpt2(

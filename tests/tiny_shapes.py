@@ -14,6 +14,8 @@ _NORMS = {
     "olmo2": _BEHIND,
     "exaone4": _BEHIND,
     "cohere": ("input_layernorm",),
+    "cohere2": ("input_layernorm",),
+    "olmo3": _BEHIND,
 }
 
 
@@ -68,7 +70,7 @@ def _head_norms(config: Mapping[str, Any]) -> Shapes:
     d = config.get("head_dim", config["hidden_size"] // heads)
     if kind in ("qwen3", "qwen3_moe", "gemma3_text", "exaone4"):
         return {f"self_attn.{name}.weight": (d,) for name in ("q_norm", "k_norm")}
-    if kind in ("olmoe", "olmo2"):
+    if kind in ("olmoe", "olmo2", "olmo3"):
         sizes = {"q_norm": heads * d, "k_norm": config["num_key_value_heads"] * d}
         return {f"self_attn.{name}.weight": (size,) for name, size in sizes.items()}
     return {}

@@ -11,6 +11,11 @@ from edgert.converters.hf_config import HfConfig
 def variant(config: HfConfig) -> Variant:
     """What a cohere config says beyond the fields of the family."""
     config.refuse_unless("sliding_window")
+    return parallel(config)
+
+
+def parallel(config: HfConfig) -> Variant:
+    """What Cohere's models have in common."""
     bias = config.flag("attention_bias")
     return Variant(
         qkv_bias=bias,

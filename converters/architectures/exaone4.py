@@ -4,8 +4,7 @@ from edgert.config import GLOBAL_ROPE, NO_ROPE
 from edgert.converters.architectures import olmo2
 from edgert.converters.architectures.cuts import Layout
 from edgert.converters.architectures.family import Variant
-from edgert.converters.architectures.gemma2 import layer_kinds
-from edgert.converters.architectures.windows import layer_count, typed_windows, window_size
+from edgert.converters.architectures.windows import layer_count, layer_kinds, typed_windows, window_size
 from edgert.converters.hf_config import HfConfig, shown
 from edgert.errors import UnsupportedError
 

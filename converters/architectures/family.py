@@ -200,3 +200,14 @@ def rope_parameters(config: HfConfig) -> HfConfig:
     if config.has("original_max_position_embeddings"):
         values["original_max_position_embeddings"] = config.values["original_max_position_embeddings"]
     return HfConfig(values, found.where)
+
+
+def rope_of_kind(config: HfConfig, kind: str, key: str, theta: float) -> HfConfig:
+    """The rotary parameters of one kind of layer: transformers 5 has an object for each."""
+    own = config.child("rope_parameters").child(kind)
+    values = dict(own.values)
+    if kind == "full_attention" and config.has("rope_scaling"):
+        scaling = HfConfig({"rope_scaling": config.values["rope_scaling"]}, config.where)
+        values |= rope_parameters(scaling).values
+    values.setdefault("rope_theta", config.number(key, theta))
+    return HfConfig(values, own.where)

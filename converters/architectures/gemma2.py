@@ -6,7 +6,7 @@ from typing import Final
 from edgert.converters.architectures import gemma
 from edgert.converters.architectures.cuts import Layout
 from edgert.converters.architectures.family import Variant, model_width
-from edgert.converters.architectures.windows import layer_count, typed_windows, window_size
+from edgert.converters.architectures.windows import layer_kinds, typed_windows, window_size
 from edgert.converters.hf_config import HfConfig
 from edgert.converters.rope import MAX_HEAD_DIM
 
@@ -41,14 +41,6 @@ def variant(config: HfConfig) -> Variant:
         one_more=GAINS,
         understood=UNDERSTOOD,
     )
-
-
-def layer_kinds(config: HfConfig, pattern: int) -> list[str]:
-    """`layer_types`, or what stands for it where it is absent: every `pattern`-th layer sees all keys."""
-    layers = range(1, layer_count(config) + 1)
-    return config.texts("layer_types") or [
-        "sliding_attention" if i % pattern else "full_attention" for i in layers
-    ]
 
 
 def score_factor(config: HfConfig) -> float:

@@ -8,8 +8,8 @@ from typing import Final
 from edgert.config import GLOBAL_ROPE, LOCAL_ROPE
 from edgert.converters.architectures import gemma, gemma2
 from edgert.converters.architectures.cuts import Layout
-from edgert.converters.architectures.family import Variant, model_width, rope_parameters
-from edgert.converters.architectures.windows import typed_windows, window_size
+from edgert.converters.architectures.family import Variant, model_width, rope_of_kind
+from edgert.converters.architectures.windows import layer_kinds, typed_windows, window_size
 from edgert.converters.hf_config import HfConfig
 
 DEFAULTS: Final = gemma.DEFAULTS | {"max_position_embeddings": 131072}
@@ -18,7 +18,7 @@ DEFAULTS: Final = gemma.DEFAULTS | {"max_position_embeddings": 131072}
 def variant(config: HfConfig) -> Variant:
     """What a gemma3_text config says beyond the fields of the family."""
     bias = config.flag("attention_bias")
-    kinds = gemma2.layer_kinds(config, config.integer("sliding_window_pattern", 6))
+    kinds = layer_kinds(config, config.integer("sliding_window_pattern", 6))
     ropes = tuple(LOCAL_ROPE if kind == "sliding_attention" else GLOBAL_ROPE for kind in kinds)
     scores = gemma2.score_factor(config)
     return Variant(
@@ -39,18 +39,7 @@ def variant(config: HfConfig) -> Variant:
         # The norm of q hides a factor in its matrix; it has to be in the gain.
         factors={"token_embedding": model_width(config) ** 0.5, "q_norm": scores},
         one_more=gemma2.GAINS | {"q_norm", "k_norm"},
-        rope=_rope(config, "full_attention", "rope_theta", 1000000.0),
-        local_rope=_rope(config, "sliding_attention", "rope_local_base_freq", 10000.0),
+        rope=rope_of_kind(config, "full_attention", "rope_theta", 1000000.0),
+        local_rope=rope_of_kind(config, "sliding_attention", "rope_local_base_freq", 10000.0),
         understood=gemma2.UNDERSTOOD - {"attn_logit_softcapping"},
     )
-
-
-def _rope(config: HfConfig, kind: str, key: str, theta: float) -> HfConfig:
-    """The rotary parameters of one kind of layer: transformers 5 has an object for each."""
-    own = config.child("rope_parameters").child(kind)
-    values = dict(own.values)
-    if kind == "full_attention" and config.has("rope_scaling"):
-        scaling = HfConfig({"rope_scaling": config.values["rope_scaling"]}, config.where)
-        values |= rope_parameters(scaling).values
-    values.setdefault("rope_theta", config.number(key, theta))
-    return HfConfig(values, own.where)

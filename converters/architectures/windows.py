@@ -49,6 +49,14 @@ def typed_windows(config: HfConfig, kinds: list[str], size: int) -> tuple[int, .
     return tuple(known[kind] for kind in kinds)
 
 
+def layer_kinds(config: HfConfig, pattern: int) -> list[str]:
+    """`layer_types`, or what stands for it where it is absent: every `pattern`-th layer sees all keys."""
+    layers = range(1, layer_count(config) + 1)
+    return config.texts("layer_types") or [
+        "sliding_attention" if i % pattern else "full_attention" for i in layers
+    ]
+
+
 def every_layer(config: HfConfig) -> tuple[int, ...]:
     """One window for all layers, as `sliding_window` says; none where it is absent or null."""
     size = config.integer("sliding_window") if config.has("sliding_window") else 0

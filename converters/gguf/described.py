@@ -29,7 +29,7 @@ from edgert.converters.gguf.keys import (
 )
 from edgert.converters.gguf.reader import GgufFile
 from edgert.converters.hf_config import HfConfig, shown
-from edgert.errors import ConversionError
+from edgert.errors import ConversionError, UnsupportedError
 from edgert.format.tensors import rope_name
 
 GLOBAL: Final = rope_name(GLOBAL_ROPE)
@@ -58,6 +58,12 @@ def read_described(file: GgufFile, name: str, eos_ids: Iterable[int]) -> Decoder
         if key not in known.understood:
             keys.refuse_unless(key, *neutral)
     values = _common(keys, file, known) | known.config(keys, file)
+    window = keys.integer("attention.sliding_window", 0, least=0)
+    if "sliding_window" not in values and 0 < window < keys.integer("context_length"):
+        raise UnsupportedError(
+            f"{keys.where}: found attention.sliding_window {window}, expected none, for the file does not "
+            "say which layers have it; convert the Hugging Face folder"
+        )
     values |= {"eos_token_id": list(eos_ids), "bos_token_id": bos_id(file)}
     decoder = describe(HfConfig(values, keys.where), HfConfig({}, keys.where))
     layout = Layout(
@@ -262,6 +268,15 @@ DESCRIBED: Final[dict[str, Described]] = {
     "command-r": Described(
         "cohere",
         lambda keys, file: {"logit_scale": keys.number("logit_scale", 0.0625)},
+        interleaved=True,
+        understood=frozenset({"logit_scale"}),
+    ),
+    "cohere2": Described(
+        "cohere2",
+        lambda keys, file: {
+            "logit_scale": keys.number("logit_scale", 0.0625),
+            "sliding_window": keys.integer("attention.sliding_window", 4096),
+        },
         interleaved=True,
         understood=frozenset({"logit_scale"}),
     ),

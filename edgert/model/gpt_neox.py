@@ -1,13 +1,13 @@
 """Parallel blocks: attention and feed-forward read the same hidden rows (Wang and Komatsuzaki, GPT-J, 2021).
 
-cohere, gpt_neox, falcon, stablelm. Both have a norm of their own, or share one.
+cohere, cohere2, gpt_neox, falcon, stablelm. Both have a norm of their own, or share one.
 """
 
 from edgert.model.builder import Builder
 from edgert.model.llama import activations, heads
 
 BLOCK = "parallel"
-MODEL_TYPES = ("cohere", "gpt_neox", "falcon", "stablelm")
+MODEL_TYPES = ("cohere", "cohere2", "gpt_neox", "falcon", "stablelm")
 
 
 def layer(b: Builder, index: int) -> None:

@@ -1,10 +1,13 @@
-"""Blocks with norms behind attention and feed-forward alone: olmo2, exaone4 (OLMo Team, arXiv:2501.00656)."""
+"""Blocks with norms behind attention and feed-forward alone: olmo2, olmo3, exaone4.
+
+OLMo Team, 2025, arXiv:2501.00656.
+"""
 
 from edgert.model.builder import Builder
 from edgert.model.llama import activations, heads
 
 BLOCK = "post"
-MODEL_TYPES = ("olmo2", "exaone4")
+MODEL_TYPES = ("olmo2", "olmo3", "exaone4")
 
 
 def layer(b: Builder, index: int) -> None:
