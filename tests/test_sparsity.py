@@ -10,10 +10,11 @@ import pytest
 import edgert
 from edgert.calibration.cost import sparsity_cost
 from edgert.calibration.firing import Firings
+from edgert.config import ACTIVATIONS
 from edgert.errors import FormatError, OptionError
 from edgert.format import ErtFile
 from edgert.format.sparsity import QUANTILES, read_sparsity
-from edgert.kernels.reference.activation import activate
+from edgert.kernels.reference.activation import activated
 from tests import kernel_inputs as inputs
 from tests import tiny_models
 
@@ -30,14 +31,13 @@ def silu(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["silu", "relu", "relu2", "gelu_tanh"])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_thresholds_leave_the_share_that_was_asked_for(kind: Any) -> None:
     rows = inputs.floats("gates", "plain", 200, 48) * np.float32(4)
     firings = Firings(kind)
     firings.see_gates(0, rows[:150])
     firings.see_gates(0, rows[150:])
-    numbers = ("silu", "relu", "relu2", "gelu_tanh")
-    size = np.abs(activate(numbers.index(kind), rows.reshape(-1)))
+    size = np.abs(activated(ACTIVATIONS.index(kind), rows.reshape(-1)))
     own = float((size == 0).mean())
     for share in (0.0, 0.3, 0.7, 0.9):
         found = firings.result(share)

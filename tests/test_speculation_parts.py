@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from edgert.errors import ModelFileError
 from edgert.speculation.controller import (
     FIRST_REST,
+    FIRST_TRIAL,
     LONGEST_REST,
     MOST_LOST,
     TRIAL,
@@ -175,8 +176,10 @@ def test_a_drafter_that_does_not_pay_rests_ever_longer(cost: float, late: float)
 
 def test_a_drafter_that_pays_again_is_heard_again() -> None:
     account = Account()
-    for _ in range(TRIAL):
+    for _ in range(FIRST_TRIAL - 1):
         account.settle(-0.5)
+    assert not account.resting  # the first trial is longer
+    account.settle(-0.5)
     assert account.resting and "does not pay here: the last trial cost 0.50" in account.reason()
     account.resting = 0
     for _ in range(30):

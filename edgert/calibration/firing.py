@@ -69,7 +69,7 @@ def _activated(kind: Activation, x: NDArray[np.float32]) -> NDArray[np.float32]:
     """act(x), to the precision of a histogram."""
     if kind == "silu":
         return np.asarray(x / (1 + np.exp(-x.clip(-80, 80))), np.float32)
-    if kind == "gelu_tanh":
+    if kind in ("gelu_tanh", "gelu"):  # which differ by less than a bin
         return np.asarray(0.5 * x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x**3))), np.float32)
     positive = np.maximum(x, 0)
     return positive * positive if kind == "relu2" else positive
