@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 import edgert
 from edgert.calibration import Walk
 from edgert.calibration.statistics import Grams
+from edgert.calibration.taps import find_taps
 from edgert.calibration.text import Text, read_text
 from edgert.config import EngineConfig, ModelSpec
 from edgert.errors import UsageError
 from edgert.format import ErtFile
+from edgert.format.tensors import matrices_in
 from edgert.model.forward import Forward
 from edgert.state import Weights
 from tests import kernel_inputs as inputs
+from tests import tiny_models
 
 DENSE = ModelSpec("qwen3", 2, 48, 4, 2, 12, 80, 67, 40, 1e-6, qk_norm=True, exits=(1,))
 TIED = ModelSpec("llama", 2, 40, 5, 1, 8, 44, 50, 40, 1e-5, "relu", tied_embeddings=True)
@@ -257,3 +260,25 @@ def test_calibration_on_the_command_line(cli: Callable[..., Any], tiny_folder: P
     refused = cli("convert", tiny_folder, "-o", halves, "--split", 1, "--calibrate", text)
     assert refused.status == 2
     assert "calibrate one .ert file and split that" in refused.err
+
+
+@pytest.mark.compiled
+def test_every_matrix_of_every_architecture_is_seen(tmp_path: Path) -> None:
+    for name in tiny_models.CONFIGS:
+        tiny_models.write_folder(tmp_path / name, name)
+        edgert.convert(tmp_path / name, tmp_path / "m.ert", "f32", sparsity="none")
+        with ErtFile.open(tmp_path / "m.ert") as file:
+            weights = Weights.of_file(file)
+            forward = Forward(weights, EngineConfig(threads=1, context=16, chunk=8))
+            try:
+                seen = {matrix for tap in find_taps(forward, weights) for matrix in tap.names}
+            finally:
+                forward.close()
+            spec, wanted = file.spec, set()
+            for tensor in file.tensors.values():
+                if tensor.name.startswith("layers."):
+                    # Gate and up of experts meet what their router meets.
+                    parts = {part for part, _, _ in matrices_in(tensor)}
+                    wanted |= {p for p in parts if tensor.role != "expert" or p.endswith(".down")}
+            wanted.add("token_embedding" if spec.tied_embeddings else "output")
+            assert wanted <= seen, name

@@ -29,6 +29,7 @@ from edgert.calibration import TextCalibration
 from edgert.calibration.convert import assignment
 from edgert.calibration.sensitivity import Sensitivity
 from edgert.config import Quant, QuantSpec
+from edgert.converters import ConversionReport
 from edgert.evaluate import evaluate, read_documents
 from edgert.format import ErtFile
 from edgert.format.tensors import matrices_in
@@ -98,13 +99,14 @@ def ours(folder: Path, scratch: Path, kept: Kept, documents: list[str]) -> Itera
     with ErtFile.open(reference) as file:
         with closing(Sensitivity(file, kept.config, kept.text.windows)) as measured:
             losses = measured.losses(kept)
-        for bits in BUDGETS:
+        # Also at just the size of one type for all, to be compared with it.
+        for bits in (*BUDGETS, *(sizes.bits_per_weight for sizes in plans(folder, out))):
             try:
                 each = assignment(file, losses, bits)
             except edgert.EdgertError as error:  # padding and norms alone may take that much of a tiny model
                 print(f"{folder.name} --bits {bits}: {error}")
                 continue
-            made.append(("--bits", f"{bits:g}", QuantSpec(each=each), kept))
+            made.append(("--bits", f"{bits:.4g}", QuantSpec(each=each), kept))
     for series, what, quant, calibration in made:
         try:
             report = converters.convert(folder, out, quant, sparsity="none", calibration=calibration)
@@ -124,6 +126,11 @@ def matrices(file: ErtFile) -> Iterator[tuple[str, int, int, int]]:
             yield name, at, rows, columns
             n, k = packing.padded(rows, columns)
             at += n * k * 4
+
+
+def plans(folder: Path, out: Path) -> list[ConversionReport]:
+    """What files of one type for all would be."""
+    return [converters.convert(folder, out, q, sparsity="none", dry_run=True) for q in ("q4", "q3")]
 
 
 def theirs(folder: Path, scratch: Path, kept: Kept, documents: list[str], peer: str) -> Iterator[Point]:
@@ -207,7 +214,7 @@ def table(points: list[Point]) -> str:
 def main() -> None:
     """Measure all models, keeping what is there after each point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("models", type=Path, nargs="*", help="none: only draw what OUTPUT holds")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--last", type=int, default=200, help="documents scored")
     parser.add_argument("--peer", required=True, help="an interpreter with llama-cpp-python and gguf")
@@ -216,6 +223,10 @@ def main() -> None:
     options = parser.parse_args()
     documents = read_documents(options.text)
     points: list[Point] = []
+    if options.output.is_file():  # what was measured of other models stays
+        measured = {model.name for model in options.models}
+        kept_points = json.loads(options.output.read_text())["points"]
+        points = [Point(**p) for p in kept_points if p["model"] not in measured]
     for model in options.models:
         with tempfile.TemporaryDirectory() as name:
             scratch = Path(name)
