@@ -48,8 +48,7 @@ def matmul_small(
     """As `matmul_q4`, over a matrix of type q4m (quant 0), q3 (1) or q2 (2).
 
     Per group y = fma(minimum, x_sum * x_scale, fma(i, w_scale * x_scale, y')); the minimum is 0 but in q4m.
-    One function of three types, which differ in how a record is unpacked: it takes a third of the time to
-    compile that three would.
+    One function of three types, which differ in how a record is unpacked, so that one is compiled.
     """
     _small(quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead)
 

@@ -14,7 +14,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,8 +88,10 @@ class Kept:
         """Neurons are not reordered here."""
 
 
-def ours(folder: Path, scratch: Path, kept: Kept, documents: list[str]) -> Iterator[Point]:
-    """Every type plain and calibrated, and mixed under budgets."""
+def ours(
+    folder: Path, scratch: Path, kept: Kept, documents: list[str], sizes: Iterable[float]
+) -> Iterator[Point]:
+    """Every type plain and calibrated, and mixed under budgets: ours, of one type for all, and `sizes`."""
     out, reference = scratch / "ours.ert", scratch / "q8.ert"
     converters.convert(folder, reference, "q8", sparsity="none")
     made: list[tuple[str, str, Quant | QuantSpec, Kept | None]] = [
@@ -99,8 +101,8 @@ def ours(folder: Path, scratch: Path, kept: Kept, documents: list[str]) -> Itera
     with ErtFile.open(reference) as file:
         with closing(Sensitivity(file, kept.config, kept.text.windows)) as measured:
             losses = measured.losses(kept)
-        # Also at just the size of one type for all, to be compared with it.
-        for bits in (*BUDGETS, *(sizes.bits_per_weight for sizes in plans(folder, out))):
+        same = [plan.bits_per_weight for plan in plans(folder, out)]
+        for bits in sorted({*BUDGETS, *same, *sizes}):
             try:
                 each = assignment(file, losses, bits)
             except edgert.EdgertError as error:  # padding and norms alone may take that much of a tiny model
@@ -169,35 +171,37 @@ def theirs(folder: Path, scratch: Path, kept: Kept, documents: list[str], peer: 
             yield Point(folder.name, f"llama.cpp, {series}", kind, bits_per_weight, score(changed, documents))
 
 
-def plot(points: list[Point], out: Path) -> None:
-    """One panel per model, perplexity on a logarithmic axis."""
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot(points: list[Point], out: Path) -> None:
+    """One panel per model: how much worse than float32, on a logarithmic axis."""
+    pyplot = _pyplot()
     pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "edgert", "font.size": 9})
     models = list(dict.fromkeys(p.model for p in points))
-    figure, panels = pyplot.subplots(1, len(models), figsize=(4.6 * len(models), 3.8), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(models), figsize=(4.6 * len(models), 4), squeeze=False)
     for panel, model in zip(panels[0], models, strict=True):
         own = [p for p in points if p.model == model]
         exact = next(p.perplexity for p in own if p.series == "float32")
-        panel.axhline(exact, color="0.6", lw=0.8, label="float32")
         for series in dict.fromkeys(p.series for p in own if p.series != "float32"):
             line = sorted((p for p in own if p.series == series), key=lambda p: p.bits)
-            style = "o-" if series == "edgert, --bits" else "o--" if "edgert" in series else "s:"
-            panel.plot(
-                [p.bits for p in line], [p.perplexity for p in line], style, ms=4, lw=1.2, label=series
-            )
-            if "bits" not in series:
-                for p in line:
-                    panel.annotate(
-                        p.name, (p.bits, p.perplexity), fontsize=6, xytext=(2, 3), textcoords="offset points"
-                    )
+            worse = [100 * (p.perplexity / exact - 1) for p in line]
+            style = "o-" if series == "edgert, --bits" else "o--" if "edgert" in series else "s"
+            panel.plot([p.bits for p in line], worse, style, ms=4, lw=1.2, label=series)
+            for p, height in zip(line, worse, strict=True) if "bits" not in series else ():
+                panel.annotate(
+                    p.name, (p.bits, height), fontsize=6, xytext=(3, 2), textcoords="offset points"
+                )
         panel.set(
-            title=model, xlabel="bits per weight, all tensors", yscale="log", ylim=(exact * 0.99, exact * 2.2)
+            title=model, xlabel="bits per weight, all tensors", yscale="log", xlim=(2, 6.3), ylim=(0.3, 1000)
         )
-        panel.set_ylabel("perplexity")
+        panel.set_ylabel("perplexity above float32, %")
         panel.legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else {})
@@ -221,6 +225,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
+    if options.plot:
+        _pyplot()  # where it is missing, say so before an hour of measuring
     documents = read_documents(options.text)
     points: list[Point] = []
     if options.output.is_file():  # what was measured of other models stays
@@ -240,9 +246,10 @@ def main() -> None:
             converters.convert(folder, exact, "f32", sparsity="none")
             with ErtFile.open(exact) as file:
                 kept = Kept(file, text)
+            sizes = (p.bits for p in points if p.model == model.name and "llama" in p.series)  # by then
             for found in (
                 theirs(folder, scratch, kept, held_out, options.peer),
-                ours(folder, scratch, kept, held_out),
+                ours(folder, scratch, kept, held_out, sizes),
             ):
                 for point in found:
                     points.append(point)
