@@ -73,13 +73,13 @@ def convert_hf(
     """
     folder, quant = Path(folder), quant_spec(quant)
     decoder, tensors = _open(folder)
-    metadata = _metadata(folder)
+    metadata = metadata_of(folder)
     heads = _exits(folder, exits, decoder, tensors)
     if heads is not None:
         decoder = replace(decoder, spec=replace(decoder.spec, exits=heads.layers))
         tensors, metadata = tensors | heads.tensors, metadata | {EXITS_KEY: heads.metadata}
         _check_tensors(decoder, tensors, folder)
-    tokenizer = _tokenizer_json(folder)
+    tokenizer = tokenizer_json_in(folder)
     decoder = replace(
         decoder, spec=with_sparsity(decoder.spec, quant.matrices, sparsity, calibration is not None)
     )
@@ -102,7 +102,7 @@ def describe_folder(folder: str | os.PathLike[str]) -> Description:
     """The model in a Hugging Face folder, checked as for a conversion; raises what `convert_hf` raises."""
     folder = Path(folder)
     decoder, tensors = _open(folder)
-    _tokenizer_json(folder)
+    tokenizer_json_in(folder)
     return Description(decoder.spec, fingerprint(tensors[decoder.source_name("output_norm")]))
 
 
@@ -130,7 +130,7 @@ def _exits(
 
 def _decoder(folder: Path, tensors: dict[str, SourceTensor]) -> tuple[Decoder, dict[str, SourceTensor]]:
     """The decoder of a folder, and its tensors, each of ours by itself."""
-    decoder = describe(_config(folder, "config.json"), _config(folder, "generation_config.json"))
+    decoder = describe(config_in(folder, "config.json"), config_in(folder, "generation_config.json"))
     tensors = decoder.split(tensors)
     output = tensors.get(decoder.source_name("output"))
     embedding = tensors.get(decoder.source_name("token_embedding"))
@@ -179,17 +179,17 @@ def _check_tensor(shape: tuple[int, ...], name: str, found: SourceTensor | None,
         )
 
 
-def _config(folder: Path, name: str) -> HfConfig:
+def config_in(folder: Path, name: str) -> HfConfig:
     """The object in a JSON file of the folder; an empty one for a file that is not there."""
     path = folder / name
     return HfConfig(read_object(path) if path.is_file() else {}, str(path))
 
 
-def _tokenizer_json(folder: Path) -> bytes:
+def tokenizer_json_in(folder: Path) -> bytes:
     path = folder / "tokenizer.json"
     if not path.is_file():
         if (folder / MODEL).is_file():
-            config, added = (_config(folder, name) for name in ("tokenizer_config.json", "added_tokens.json"))
+            config, added = (config_in(folder, name) for name in ("tokenizer_config.json", "added_tokens.json"))
             return tokenizer_of(folder / MODEL, config, added)
         raise ConversionError(
             f"{folder}: found no tokenizer.json, expected one; download it, or write it with "
@@ -200,9 +200,9 @@ def _tokenizer_json(folder: Path) -> bytes:
     return data
 
 
-def _metadata(folder: Path) -> dict[str, str]:
+def metadata_of(folder: Path) -> dict[str, str]:
     """Where the file came from, and what chat needs beside the tokenizer."""
-    config = _config(folder, "tokenizer_config.json")
+    config = config_in(folder, "tokenizer_config.json")
     metadata = provenance(folder)
     template = _chat_template(folder, config)
     if template is not None:

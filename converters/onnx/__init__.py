@@ -1,0 +1,1 @@
+"""ONNX models in: a safe opener, recognition by the structure of the graph, and its weights."""
