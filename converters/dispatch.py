@@ -9,11 +9,15 @@ from edgert.converters.gguf.convert import convert_gguf
 from edgert.converters.gguf.reader import MAGIC
 from edgert.converters.hf import convert_hf
 from edgert.converters.neurons import Sparsity
+from edgert.converters.onnx.beside import model_in
+from edgert.converters.onnx.convert import convert_onnx
 from edgert.converters.pipeline import Calibration
 from edgert.converters.report import ConversionReport, Progress
-from edgert.errors import ConversionError, NotAModelError, OptionError, UnsupportedError
+from edgert.errors import ConversionError, NotAModelError, OptionError
 
-SUPPORTED: Final = "a Hugging Face folder (config.json, *.safetensors, tokenizer.json) or a GGUF file"
+SUPPORTED: Final = (
+    "a Hugging Face folder (config.json, *.safetensors, tokenizer.json), a GGUF file or an ONNX model"
+)
 
 
 def convert(
@@ -29,33 +33,37 @@ def convert(
 ) -> ConversionReport:
     """Convert a model to an .ert file and report size and error of every tensor.
 
-    `source` is a Hugging Face folder, or a GGUF file or one of its parts; `quant` is one name for
-    all matrices ("f32", "f16", "q8", "q4") or a QuantSpec, by default q4 for a folder and for a
-    GGUF file what it has (q8 where ours has no like); `progress` is called after every slab; `exits` is
-    a file of `edgert train exits` for a folder (by default its own exits.safetensors, if it has
-    one); `calibration` is what its matrices meet at work, for less loss. `sparsity` "exact" stores up and
-    down neuron by neuron, so that neurons that do not fire are not read; "auto" does that where the
-    activation is zero for many (ReLU and its like), "none" never; a number from 0 to 0.9 takes this
-    share of the smallest activations for zero, which is not exact and needs a `calibration`. An existing
-    `out` is replaced when the conversion is complete; a conversion that fails leaves it as it was.
+    `source` is a Hugging Face folder, a GGUF file or one of its parts, or an ONNX model or the folder of
+    one; `quant` is one name for all matrices ("f32", "f16", "q8", "q4") or a QuantSpec, by default q4 for a
+    Hugging Face folder and else what the source has (q8 where ours has no like); `progress` is called after
+    every slab; `exits` is a file of `edgert train exits` for a folder (by default its own
+    exits.safetensors, if it has one); `calibration` is what its matrices meet at work, for less loss.
+    `sparsity` "exact" stores up and down neuron by neuron, so that neurons that do not fire are not read;
+    "auto" does that where the activation is zero for many (ReLU and its like), "none" never; a number from
+    0 to 0.9 takes this share of the smallest activations for zero, which is not exact and needs a
+    `calibration`. An existing `out` is replaced when the conversion is complete; a conversion that fails
+    leaves it as it was.
     Raises NotAModelError, UnsupportedError, ConversionError or OptionError, each in one line.
     """
     source, out = Path(source), Path(out)
     if not os.path.lexists(source):
         raise NotAModelError(f"{source}: found no such file or folder, expected {SUPPORTED}; check the path")
     is_gguf = source.is_file() and _is_gguf(source)
-    if not source.is_dir() and not is_gguf:
+    onnx = None if is_gguf else onnx_model(source)
+    if not source.is_dir() and not is_gguf and onnx is None:
         raise _not_a_model(source)
     if not out.parent.is_dir():
         raise ConversionError(f"{out}: found no folder {out.parent} to write to; make it first")
-    if is_gguf:
+    if is_gguf or onnx is not None:
+        kind = "a GGUF file" if is_gguf else "an ONNX model"
         if exits is not None:
-            raise OptionError(f"exits is {exits}; expected none for a GGUF file, convert the model's folder")
+            raise OptionError(f"exits is {exits}; expected none for {kind}, convert the model's folder")
         if sparsity not in ("auto", "none"):
-            raise OptionError(
-                f"sparsity is {sparsity}; expected none for a GGUF file, convert the model's folder"
-            )
+            raise OptionError(f"sparsity is {sparsity}; expected none for {kind}, convert the model's folder")
+    if is_gguf:
         return convert_gguf(source, out, quant, progress=progress, calibration=calibration, dry_run=dry_run)
+    if onnx is not None:
+        return convert_onnx(onnx, out, quant, progress=progress, calibration=calibration, dry_run=dry_run)
     return convert_hf(
         source,
         out,
@@ -66,6 +74,13 @@ def convert(
         calibration=calibration,
         dry_run=dry_run,
     )
+
+
+def onnx_model(source: Path) -> Path | None:
+    """The ONNX file of a source: itself, or the one of a folder without safetensors; None if it has none."""
+    if source.is_dir():
+        return None if any(source.glob("*.safetensors*")) else model_in(source)
+    return source if source.suffix.lower() == ".onnx" else None
 
 
 def _is_gguf(source: Path) -> bool:
@@ -80,11 +95,6 @@ def _is_gguf(source: Path) -> bool:
 
 
 def _not_a_model(source: Path) -> Exception:
-    if source.suffix.lower() == ".onnx":
-        return UnsupportedError(
-            f"{source}: found an ONNX model, which edgert does not convert yet, "
-            f"expected {SUPPORTED}; convert the model it was made from"
-        )
     if source.suffix.lower() in (".safetensors", ".json"):
         return NotAModelError(
             f"{source}: found one file of a model, expected {SUPPORTED}; pass the folder that holds it"

@@ -186,10 +186,13 @@ def config_in(folder: Path, name: str) -> HfConfig:
 
 
 def tokenizer_json_in(folder: Path) -> bytes:
+    """The tokenizer.json of a folder, or one made of its tokenizer.model."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         if (folder / MODEL).is_file():
-            config, added = (config_in(folder, name) for name in ("tokenizer_config.json", "added_tokens.json"))
+            config, added = (
+                config_in(folder, name) for name in ("tokenizer_config.json", "added_tokens.json")
+            )
             return tokenizer_of(folder / MODEL, config, added)
         raise ConversionError(
             f"{folder}: found no tokenizer.json, expected one; download it, or write it with "

@@ -249,7 +249,6 @@ def test_a_folder_that_cannot_be_converted_says_so_in_one_line(
         ("nothing", NotAModelError, "found no such file or folder"),
         ("model.gguf", ConversionError, "found 4 bytes, expected 8 or more"),
         ("sha256-of-some-model", ConversionError, "found 4 bytes, expected 8 or more"),
-        ("model.onnx", UnsupportedError, "found an ONNX model"),
         ("model.safetensors", NotAModelError, "pass the folder that holds it"),
         ("notes.txt", NotAModelError, "found a file, expected a Hugging Face folder"),
     ],

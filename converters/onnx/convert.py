@@ -7,19 +7,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
+from edgert.config import GLOBAL_ROPE, QUANTS, ModelSpec, Quant, QuantSpec
 from edgert.converters.hf_config import shown
 from edgert.converters.onnx.beside import Beside
 from edgert.converters.onnx.decoder import Found, Layer, find_decoder, same
 from edgert.converters.onnx.graph import open_graph
-from edgert.converters.onnx.linear import Matrix
-from edgert.converters.pipeline import ROPE, Calibration, quant_spec, quants_of, write_model
+from edgert.converters.onnx.linear import Linear, Matrix
+from edgert.converters.pipeline import Calibration, quant_spec, quants_of, write_model
 from edgert.converters.quantize import Codes
 from edgert.converters.report import ConversionReport, Progress
 from edgert.errors import ConversionError, UnsupportedError
-from edgert.format.tensors import declared, iter_declared, matrices_in
+from edgert.format.tensors import declared, iter_declared, matrices_in, rope_name
 
 Floats = NDArray[np.float32]
+ROPE = rope_name(GLOBAL_ROPE)
 
 
 class OnnxWeights:
@@ -51,6 +52,7 @@ def convert_onnx(
     *,
     progress: Progress | None = None,
     calibration: Calibration | None = None,
+    dry_run: bool = False,
 ) -> ConversionReport:
     """Convert an ONNX decoder, whose tokenizer.json lies beside it, to an .ert file.
 
@@ -67,7 +69,7 @@ def convert_onnx(
     _check(path, spec, weights)
     quants = _kept(spec, weights.matrices) if quant is None else quants_of(spec, quant_spec(quant))
     return write_model(
-        Path(out), spec, weights, quants, tokenizer, beside.metadata(path), progress, calibration
+        Path(out), spec, weights, quants, tokenizer, beside.metadata(path), progress, calibration, dry_run
     )
 
 
@@ -113,7 +115,7 @@ def _spec(path: Path, found: Found, beside: Beside) -> ModelSpec:
         raise ConversionError(f"{path}: {error}; download the model's files again") from None
 
 
-def _qkv(layer: Layer) -> tuple[object, ...]:
+def _qkv(layer: Layer) -> tuple[Linear, ...]:
     return layer.attention.q, layer.attention.k, layer.attention.v
 
 

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 
 from edgert.config import Activation
-from edgert.converters.architectures.family import MAX_LAYERS
+from edgert.converters.architectures.windows import MAX_LAYERS
 from edgert.converters.onnx.attention import Attention, Norm, attention, norm
 from edgert.converters.onnx.graph import Graph, Node
 from edgert.converters.onnx.linear import Linear, Matrix, block_matrix, float_matrix, linear

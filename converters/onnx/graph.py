@@ -104,7 +104,8 @@ def open_graph(path: Path) -> Graph:
         if missing is not None or len(set(made)) != len(made) or not known.isdisjoint(made):
             wrong = f"{shown(missing)} before anything makes it" if missing else f"{shown(made)} made twice"
             raise ConversionError(
-                f"{path}: found {wrong} in {shown(proto_node.op_type)}, expected operations in order; {_AGAIN}"
+                f"{path}: found {wrong} in {shown(proto_node.op_type)}, expected operations in order; "
+                f"{_AGAIN}"
             )
         known.update(made)
         if proto_node.op_type == "Constant":
@@ -178,17 +179,16 @@ def _constant(proto_node: Any, files: ExternalFiles, path: Path) -> Iterable[tup
 
 def _attributes(proto_node: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for attribute in proto_node.attribute:
-        # AttributeProto.AttributeType: 1 float, 2 int, 3 string, 6 floats, 7 ints; no other is looked at.
-        values = {
-            1: lambda a: a.f,
-            2: lambda a: a.i,
-            3: lambda a: a.s.decode("utf-8", "replace"),
-            6: lambda a: tuple(a.floats),
-            7: lambda a: tuple(a.ints),
-        }
-        if attribute.type in values:
-            found[attribute.name] = values[attribute.type](attribute)
+    for given in proto_node.attribute:
+        match given.type:  # the numbers of AttributeProto.AttributeType; graphs and tensors are not looked at
+            case 1:
+                found[given.name] = given.f
+            case 2:
+                found[given.name] = given.i
+            case 3:
+                found[given.name] = given.s.decode("utf-8", "replace")
+            case 7:
+                found[given.name] = tuple(given.ints)
     return found
 
 

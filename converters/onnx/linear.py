@@ -81,8 +81,10 @@ class BlockMatrix(Matrix):
         if self.zeros is not None:
             zeros = self.zeros.data.reshape(self._all_rows(), -1)[start:end]
             packed = self.zeros.kind == "UINT8"
-            middle = _unpacked(zeros, self.bits)[:, :blocks].astype(np.float32) if packed else (
-                to_float32(zeros, self.zeros.kind)
+            middle = (
+                _unpacked(zeros, self.bits)[:, :blocks].astype(np.float32)
+                if packed
+                else (to_float32(zeros, self.zeros.kind))
             )
         whole = bool((middle == np.rint(middle)).all()) and self.block % GROUP == 0
         moved = values.reshape(end - start, blocks, self.block) - middle[:, :, None]
@@ -218,4 +220,5 @@ def _unpacked(packed: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return flat
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return (flat[:, :, None] >> shifts & np.uint8((1 << bits) - 1)).reshape(len(flat), -1)
+    apart: NDArray[np.uint8] = flat[:, :, None] >> shifts & np.uint8((1 << bits) - 1)
+    return apart.reshape(len(flat), -1)

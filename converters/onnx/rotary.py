@@ -64,7 +64,9 @@ def rotated(graph: Graph, value: str) -> tuple[str, Turn] | None:
     if node.op == "RotaryEmbedding" and len(node.inputs) == 4:  # of com.microsoft: input, ids, cos, sin
         plain = {"interleaved": 0, "rotary_embedding_dim": 0, "scale": 1.0, "is_packed_batching": 0}
         turn = of_tables(graph, node.inputs[2], node.inputs[3])
-        if turn is None or any(node.attributes.get(key, neutral) != neutral for key, neutral in plain.items()):
+        if turn is None or any(
+            node.attributes.get(key, neutral) != neutral for key, neutral in plain.items()
+        ):
             raise graph.unexpected(value, "a rotary embedding of halves of whole heads, of constant tables")
         return node.inputs[0], turn
     if node.op != "Add" or len(node.inputs) != 2:

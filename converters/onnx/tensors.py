@@ -54,7 +54,8 @@ def to_float32(data: NDArray[Any], kind: str) -> NDArray[np.float32]:
     """Values of one of FLOATS as float32; contiguous."""
     if kind == "BFLOAT16":
         wide = data.astype(np.uint32) << np.uint32(16)
-        return wide.view(np.float32)
+        floats: NDArray[np.float32] = wide.view(np.float32)
+        return floats
     return np.ascontiguousarray(data, np.float32)
 
 
@@ -133,9 +134,7 @@ def read_tensor(proto: Any, files: ExternalFiles, path: Path) -> OnnxTensor:
         return OnnxTensor(proto.name, kind, raw.view(dtype).reshape(shape))
     if proto.HasField("raw_data"):
         if len(proto.raw_data) != nbytes:
-            raise _damaged(
-                path, proto.name, f"of shape {shown(shape)} in {len(proto.raw_data):,} bytes"
-            )
+            raise _damaged(path, proto.name, f"of shape {shown(shape)} in {len(proto.raw_data):,} bytes")
         return OnnxTensor(proto.name, kind, np.frombuffer(proto.raw_data, dtype).reshape(shape))
     return OnnxTensor(proto.name, kind, _listed(proto, shape, kind, dtype, path))
 

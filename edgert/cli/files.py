@@ -12,11 +12,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from edgert.calibration import convert, sparsity_cost
+from edgert.calibration.verify import check_source, verify_conversion
 from edgert.cli.options import FILE, size_text, trust_text
 from edgert.config import QUANTS, Quant, QuantSpec
 from edgert.converters import ConversionReport, split
 from edgert.converters.neurons import SPARSITIES, Sparsity
-from edgert.errors import UsageError
+from edgert.errors import ConversionError, UsageError
 from edgert.format import ErtFile
 from edgert.format.exits import EXITS_KEY
 from edgert.format.sparsity import SPARSITY_KEY, SparsityCalibration
@@ -53,7 +54,8 @@ class SparsityType(click.ParamType[Sparsity]):
 @click.option(
     "--quant",
     type=click.Choice(QUANTS),
-    help="Precision of matrices. [default: q4; of a GGUF file what it has, or q8 where that has no like]",
+    help="Precision of matrices. [default: q4; of a GGUF file or ONNX model what it has, or q8 where "
+    "that has no like]",
 )
 @click.option(
     "--split", "layer", type=int, metavar="LAYER", help="Write two halves, cut before this layer (hand-off)."
@@ -90,6 +92,12 @@ class SparsityType(click.ParamType[Sparsity]):
     "activations are exactly zero (ReLU), or an error where that cannot be, or never. A SHARE like 0.4 takes "
     "so many of the smallest activations for zero: not exact, needs --calibrate, and says what it costs.",
 )
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Of an ONNX model: run a sample text in onnxruntime too and compare the logits; exit status 1 if "
+    "they differ by more than rounding.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan, sizes and memory; write no model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def convert_command(
@@ -102,10 +110,11 @@ def convert_command(
     bits: float | None,
     embeddings: Quant | None,
     sparsity: Sparsity,
+    verify: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Convert a Hugging Face model folder or a GGUF file to one .ert file.
+    """Convert a Hugging Face model folder, a GGUF file or an ONNX model to one .ert file.
 
     With --split, SOURCE may be an .ert file, and two files are written: the layers before LAYER with the
     exits among them, for the board, and the rest, for `edgert cloud`.
@@ -120,6 +129,10 @@ def convert_command(
         raise UsageError("--calibrate does not go with --split: calibrate one .ert file and split that")
     if layer is not None and (bits is not None or embeddings is not None or dry_run):
         raise UsageError("--bits, --embeddings and --dry-run do not go with --split: split the .ert file")
+    if verify:
+        if layer is not None or dry_run:
+            raise UsageError("--verify runs the converted model; it does not go with --split or --dry-run")
+        check_source(source)
     if embeddings is not None and quant is None and bits is None:
         raise UsageError("--embeddings says how one matrix is stored; give --quant or --bits for the others")
     types: Quant | QuantSpec | None = quant
@@ -154,14 +167,23 @@ def convert_command(
     cost = None
     if isinstance(sparsity, float) and layer is None and calibrate is not None and not dry_run:
         cost = sparsity_cost(Path(output), calibrate)
+    verified = verify_conversion(source, reports[0]) if verify else None
     if as_json:
         rows = [_report_json(report) for report in reports]
+        if verified is not None:
+            rows[0]["verification"] = dataclasses.asdict(verified) | {"passed": verified.passed}
         if cost is not None:
             rows[0]["perplexity"] = dataclasses.asdict(cost)
         print(json.dumps(rows if layer is not None else rows[0]))
+    else:
+        for report in reports:
+            _print_report(report, dry_run)
+        if verified is not None:
+            print(verified)
+    if verified is not None and not verified.passed:
+        raise ConversionError(f"{output}: {verified}; report the source model, or do not use the file")
+    if as_json:
         return
-    for report in reports:
-        _print_report(report, dry_run)
     if cost is not None:
         print(f"{sparsity:.0%} of the activations taken for zero: {cost}")
 
