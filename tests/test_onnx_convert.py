@@ -1,6 +1,7 @@
 """ONNX decoders: recognised by structure, converted, and equal to what onnxruntime computes."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,19 @@ def test_other_scales_of_scores_are_refused(model: Any, tmp_path: Path) -> None:
     assert "scores multiplied by" in str(refused(tmp_path, model))
 
 
+def test_a_factor_behind_attention_is_refused(model: Any, tmp_path: Path) -> None:
+    """Granite has such factors, elsewhere."""
+    softmax = next(i for i, node in enumerate(model.graph.node) if node.op_type == "Softmax")
+    place, turn = next(
+        (i, n) for i, n in enumerate(model.graph.node) if i > softmax and n.op_type == "Transpose"
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), "half"))
+    scaled = helper.make_node("Mul", ["whole", "half"], [turn.output[0]])
+    turn.output[0] = "whole"
+    model.graph.node.insert(place + 1, scaled)
+    assert "not scaled" in str(refused(tmp_path, model))
+
+
 def test_a_picture_classifier_is_no_language_model(tmp_path: Path) -> None:
     kernel = numpy_helper.from_array(np.ones((4, 3, 3, 3), np.float32), "w")
     nodes = [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("Relu", ["c"], ["y"])]
@@ -210,6 +224,25 @@ def test_what_the_graph_cannot_say_is_asked_for(
     (tmp_path / missing).unlink()
     with pytest.raises(ConversionError, match=message):
         edgert.convert(path, tmp_path / "m.ert")
+
+
+@pytest.mark.parametrize("op", ["Add", "Gather", "Slice", "Softmax"])
+def test_an_operator_without_its_inputs_is_refused(op: str, model: Any, tmp_path: Path) -> None:
+    del next(node for node in model.graph.node if node.op_type == op).input[0 if op != "Add" else 1 :]
+    assert "inputs of" in str(refused(tmp_path, model))
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = onnx_files.written(tmp_path, "llama_gqa_tied", "operators")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConversionError, match=rf"no package {package} .*pip install 'edgert\[convert\]'"):
+        onnx_logits(path, TOKENS)
+
+
+def test_sparse_initialisers_are_refused(model: Any, tmp_path: Path) -> None:
+    model.graph.sparse_initializer.add().dims.append(4)
+    assert "sparse initialisers" in str(refused(tmp_path, model))
 
 
 @pytest.mark.compiled

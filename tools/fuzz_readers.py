@@ -3,7 +3,7 @@
     python tools/fuzz_readers.py gguf --cases 10000 [--seed 0] [--keep FOLDER]
     python tools/fuzz_readers.py hf --only 123        one case again, in this process
 
-Readers: gguf and hf convert a model, ert opens and verifies a file. A case is a function of the
+Readers: gguf, hf and onnx convert a model, ert opens and verifies a file. A case is a function of the
 reader, the seed and its number. Cases run in forked processes with an address space of what Python
 and its libraries take and MEMORY more. What counts as a failure: any other exception (a MemoryError
 too), a warning, a crash, a case of more than LIMIT seconds of processor time or WAIT of any, and a
@@ -236,6 +236,23 @@ def _with_pictures(folder: Path) -> Sample:
     return files
 
 
+def onnx_samples(folder: Path) -> Iterator[Sample]:
+    """Both styles, with the weights inside and beside, floats and blocks."""
+    from tests import onnx_files  # needs the extra `convert`
+
+    kinds: tuple[tuple[str, str, dict[str, str]], ...] = (
+        ("llama_gqa_tied", "spelled", {}),
+        ("qwen2_gqa_tied", "operators", {"blocks": "zeros"}),
+        ("qwen3_heads_of_32", "spelled", {"kind": "f16"}),
+        ("llama_gqa_tied", "operators", {"blocks": "middle"}),
+    )
+    for external in (False, True):
+        for number, (name, style, options) in enumerate(kinds):
+            place = folder / f"{number}{external}"
+            onnx_files.written(place, name, style, external, **options)
+            yield {path.name: path.read_bytes() for path in sorted(place.iterdir())}
+
+
 def ert_samples(folder: Path) -> Iterator[Sample]:
     """Files of every quantisation."""
     for name, quant in (
@@ -270,6 +287,7 @@ Reader = tuple[Callable[[Path], Iterator[Sample]], Callable[[Path], None]]
 READERS: Final[dict[str, Reader]] = {
     "gguf": (gguf_samples, read_converted),
     "hf": (hf_samples, read_converted),
+    "onnx": (onnx_samples, read_converted),
     "ert": (ert_samples, read_ert),
 }
 

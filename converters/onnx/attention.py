@@ -48,7 +48,7 @@ def norm(graph: Graph, value: str) -> Norm | None:
         gain = graph.vector(node.inputs[1])
         if gain is None or node.attributes.get("axis", -1) not in (-1, 2, 3):
             raise graph.unexpected(value, "a norm over the last axis with constant gains")
-        return Norm(gain, float(node.attributes.get("epsilon", 1e-5)), node.inputs[0])
+        return Norm(gain, node.real("epsilon", 1e-5), node.inputs[0])
     if node.op != "Mul":
         return None
     for name, scaled in (node.inputs, node.inputs[::-1]):
@@ -91,7 +91,7 @@ def _is_square(graph: Graph, node: Node, x: str) -> bool:
 
 def attention(graph: Graph, value: str) -> Attention:
     """The attention that makes the input of an output projection; UnsupportedError for anything else."""
-    value, _ = _arranged(graph, value)
+    value = _unscaled(graph, value)
     if node := graph.made_by(value, "GroupQueryAttention"):
         return _one_operator(graph, node)
     if node := graph.made_by(value, "MatMul"):
@@ -101,7 +101,7 @@ def attention(graph: Graph, value: str) -> Attention:
 
 def _one_operator(graph: Graph, node: Node) -> Attention:
     made, given = node.outputs[0], node.attributes
-    heads, kv_heads = (int(given.get(key, 0)) for key in ("num_heads", "kv_num_heads"))
+    heads, kv_heads = node.whole("num_heads", 0), node.whole("kv_num_heads", 0)
     neutral = {"rotary_interleaved": 0, "softcap": 0.0, "smooth_softmax": 0, "qk_output": 0}
     if not 0 < kv_heads <= heads or any(given.get(key, value) != value for key, value in neutral.items()):
         raise graph.unexpected(made, "heads, no soft cap and a rotary embedding of halves")
@@ -122,10 +122,12 @@ def _one_operator(graph: Graph, node: Node) -> Attention:
         k, k_norm, k_turn = _head(graph, names[1], turn)
         if not q_turn.equals(k_turn):
             raise graph.unexpected(made, "q and k turned alike")
-        v = _projection(graph, _arranged(graph, names[2])[0])
+        v = _projection(graph, _unscaled(graph, names[2]))
         found = Attention(q, k, v, q_norm, k_norm, q_turn, heads, kv_heads, 0)
-    _check_scale(graph, found, float(given.get("scale", 0.0)), made)
-    window = int(given.get("local_window_size", -1))
+    _check_scale(graph, found, node.real("scale", 0.0), made)
+    window = node.whole("local_window_size", -1)
+    if window < -1:
+        raise graph.unexpected(made, "local_window_size of -1 or more")
     return _with_window(found, 0 if window < 0 else window)
 
 
@@ -172,7 +174,7 @@ def _check_scale(graph: Graph, found: Attention, scale: float, made: str) -> Non
         raise graph.unexpected(made, f"heads of {size} values, turned whole")
     if found.k.matrix.count != size * found.kv_heads or found.q.matrix.count != size * found.heads:
         raise graph.unexpected(made, f"{found.heads} and {found.kv_heads} heads of {size} values")
-    if scale and abs(scale * size**0.5 - 1) > 2e-3:  # 16-bit exports round it
+    if scale and not abs(scale * size**0.5 - 1) <= 2e-3:  # 16-bit exports round it
         raise graph.unexpected(made, f"scores multiplied by {size**-0.5:.4g}, not {scale:.4g}")
 
 
@@ -190,14 +192,14 @@ def _softmax(graph: Graph, value: str) -> Node:
 def _head(graph: Graph, value: str, turn: Turn | None) -> tuple[Linear, Norm | None, Turn]:
     """The projection, norm and turn behind q or k; `turn` if the operator itself turns."""
     if turn is None:
-        found = rotated(graph, _arranged(graph, value)[0])
+        found = rotated(graph, _unscaled(graph, value))
         if found is None:
             raise graph.unexpected(value, "a rotary embedding")
         value, turn = found
-    value, _ = _arranged(graph, value)
+    value = _unscaled(graph, value)
     normed = norm(graph, value)
     if normed is not None:
-        value, _ = _arranged(graph, normed.input)
+        value = _unscaled(graph, normed.input)
     return _projection(graph, value), normed, turn
 
 
@@ -232,6 +234,14 @@ def _arranged(graph: Graph, value: str) -> tuple[str, float]:
             value = node.inputs[0]
         else:
             return value, factor
+
+
+def _unscaled(graph: Graph, value: str) -> str:
+    """As `_arranged`, where there may be no factors: only those of scores are accounted for."""
+    found, factor = _arranged(graph, value)
+    if factor != 1:
+        raise graph.unexpected(value, "a value that is not scaled")
+    return found
 
 
 def _is_given(graph: Graph, value: str) -> bool:

@@ -130,12 +130,14 @@ def _theta(frequencies: Floats) -> float:
     """The base whose second power of 1/d is the second frequency; exact for plain frequencies."""
     if len(frequencies) < 2 or not 0 < frequencies[1] < 1:
         return 10000.0
-    return float(f"{float(frequencies[1]) ** -len(frequencies):.5g}")
+    with np.errstate(all="ignore"):  # a damaged table may hold anything
+        return float(f"{np.float64(frequencies[1]) ** -len(frequencies):.5g}")
 
 
 def _is_plain(frequencies: Floats) -> bool:
     powers = np.arange(len(frequencies)) / len(frequencies)
-    return bool(np.allclose(frequencies, _theta(frequencies) ** -powers, rtol=1e-3))
+    with np.errstate(all="ignore"):
+        return bool(np.allclose(frequencies, _theta(frequencies) ** -powers, rtol=1e-3))
 
 
 def _check_alike(path: Path, found: Found) -> None:

@@ -189,7 +189,7 @@ def _quantized_rows(graph: Graph, node: Node) -> Matrix | None:
     weights = graph.constants.get(reshaped.input(0) if reshaped else node.input(0))
     if scales is None or weights is None or len(weights.shape) < 2 or weights.kind != "UINT8":
         return None
-    bits, rows = int(node.attributes.get("bits", 4)), weights.shape[0]
+    bits, rows = node.whole("bits", 4), weights.shape[0]
     columns = weights.data.size // max(1, rows) * 8 // max(1, bits)
     names = (node.inputs[0], node.inputs[2], node.input(3))
     return block_matrix(graph, node, rows, columns, names)

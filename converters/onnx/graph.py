@@ -22,6 +22,15 @@ DOMAINS: Final = frozenset({"", "ai.onnx", "com.microsoft"})
 TRANSPARENT: Final = frozenset({"Cast", "CastLike", "Identity", "Dropout"})
 SKIP_NORM: Final = "SkipSimplifiedLayerNormalization"
 NORM: Final = "SimplifiedLayerNormalization"
+# How many inputs the operations that are looked at have at least; those of two have no third.
+LEAST: Final = (
+    dict.fromkeys(("Add", "Mul", "Div", "Pow", "MatMul", NORM, "Gather", "Gemm"), 2)
+    | dict.fromkeys(("Where", "MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention", SKIP_NORM), 3)
+    | dict.fromkeys(("Reshape", "Unsqueeze", "Squeeze", "Expand", "Transpose", "Slice", "Split", "Concat"), 1)
+    | dict.fromkeys(("Neg", "Sqrt", "Reciprocal", "ReduceMean", "Softmax", "Sigmoid", "Relu", "IsNaN"), 1)
+    | dict.fromkeys(("Gelu", "FastGelu", "QuickGelu", "Swish", "Cos", "Sin", "RotaryEmbedding"), 1)
+)
+EXACT: Final = frozenset({"Add", "Mul", "Div", "Pow", "MatMul"})
 _AGAIN: Final = "download the file again"
 
 
@@ -37,6 +46,16 @@ class Node:
     def input(self, place: int) -> str:
         """The value at a place, "" for none."""
         return self.inputs[place] if place < len(self.inputs) else ""
+
+    def whole(self, key: str, default: int) -> int:
+        """An attribute that is a whole number; one that is none fits nothing."""
+        value = self.attributes.get(key, default)
+        return value if isinstance(value, int) else -(1 << 62)
+
+    def real(self, key: str, default: float) -> float:
+        """An attribute that is a number; one that is none fits nothing."""
+        value = self.attributes.get(key, default)
+        return float(value) if isinstance(value, int | float) else float("nan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +135,10 @@ def open_graph(path: Path) -> Graph:
             alias[made[0]] = ins[0]
             continue
         node = Node(proto_node.op_type, ins, tuple(proto_node.output), _attributes(proto_node))
+        if len(ins) < LEAST.get(node.op, 0) or (node.op in EXACT and len(ins) != 2):
+            raise ConversionError(
+                f"{path}: found {len(ins)} inputs of {node.op}, expected {LEAST[node.op]}; {_AGAIN}"
+            )
         producers |= {name: small for small in _smaller(node) for name in small.outputs if name}
     outputs = tuple(alias.get(value.name, value.name) for value in graph.output)
     return Graph(path, producers, constants, inputs, outputs)

@@ -143,7 +143,11 @@ def linear(graph: Graph, value: str) -> Linear | None:
 def float_matrix(graph: Graph, value: str, transposed: bool) -> Matrix | None:
     """A constant of two dimensions; `transposed` for [K, N]."""
     turn = graph.made_by(value, "Transpose")
-    if turn is not None and turn.attributes.get("perm", (1, 0)) == (1, 0):
+    if (
+        turn is not None
+        and turn.input(0) in graph.constants
+        and turn.attributes.get("perm", (1, 0)) == (1, 0)
+    ):
         return float_matrix(graph, turn.input(0), not transposed)
     tensor = graph.constants.get(value)
     if tensor is None or tensor.kind not in FLOATS or len(tensor.shape) != 2 or not tensor.data.size:
@@ -165,11 +169,13 @@ def _gemm(graph: Graph, node: Node) -> Linear | None:
 
 def _split(graph: Graph, node: Node, value: str) -> Linear | None:
     """Some of the outputs of a product of several matrices at once."""
-    whole = linear(graph, node.input(0))
+    whole = None if graph.made_by(node.input(0), "Split") else linear(graph, node.input(0))
     if whole is None or node.attributes.get("axis", 0) not in (-1, 2):
         return None
     lengths = graph.constants.get(node.input(1))
     count, parts = whole.matrix.count, len(node.outputs)
+    if lengths is not None and (lengths.kind != "INT64" or lengths.data.size != parts):
+        return None
     sizes = [count // parts] * parts if lengths is None else [int(n) for n in lengths.data.reshape(-1)]
     if sum(sizes) != count or min(sizes) <= 0 or len(sizes) != parts:
         return None
@@ -180,7 +186,7 @@ def _split(graph: Graph, node: Node, value: str) -> Linear | None:
 def _blocks(graph: Graph, node: Node) -> Linear | None:
     if node.input(4):
         raise graph.unexpected(node.outputs[0], "columns in order, without g_idx")
-    sizes = {key: int(node.attributes.get(key, 0)) for key in ("N", "K", "block_size")}
+    sizes = {key: node.whole(key, 0) for key in ("N", "K", "block_size")}
     matrix = block_matrix(graph, node, sizes["N"], sizes["K"], node.inputs[1:4])
     bias = graph.vector(node.input(5)) if node.input(5) else None
     if node.input(5) and (bias is None or len(bias) != matrix.count):
@@ -190,7 +196,7 @@ def _blocks(graph: Graph, node: Node) -> Linear | None:
 
 def block_matrix(graph: Graph, node: Node, rows: int, columns: int, names: tuple[str, ...]) -> BlockMatrix:
     """The weights, scales and maybe zero points of MatMulNBits or GatherBlockQuantized."""
-    bits, block = (int(node.attributes.get(key, value)) for key, value in (("bits", 4), ("block_size", 128)))
+    bits, block = node.whole("bits", 4), node.whole("block_size", 128)
     reshaped = graph.made_by(names[0], "Reshape")
     weights = graph.constants.get(reshaped.input(0) if reshaped else names[0])
     scales = graph.constants.get(names[1])

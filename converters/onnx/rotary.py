@@ -48,14 +48,16 @@ def _from_tables(cosines: OnnxTensor, sines: OnnxTensor) -> Turn:
     rows = len(cosines.data)
     tables = [OnnxTensor(t.name, t.kind, t.data[[1 << n for n in range(rows.bit_length()) if 1 << n < rows]])
               for t in (cosines, sines)]  # fmt: skip
-    cos, sin = (table.floats().astype(np.float64) for table in tables)
-    frequencies = np.zeros(cosines.shape[1])
-    for step, angle in enumerate(np.arctan2(sin, cos)):
-        position = 1 << step
-        ahead = angle - frequencies * position
-        frequencies += (ahead - np.rint(ahead / (2 * np.pi)) * 2 * np.pi) / position
+    with np.errstate(all="ignore"):  # of a damaged table: NaN is found when it is written
+        cos, sin = (table.floats().astype(np.float64) for table in tables)
+        frequencies = np.zeros(cosines.shape[1])
+        for step, angle in enumerate(np.arctan2(sin, cos)):
+            position = 1 << step
+            ahead = angle - frequencies * position
+            frequencies += (ahead - np.rint(ahead / (2 * np.pi)) * 2 * np.pi) / position
+        turned = frequencies.astype(np.float32)
     first = OnnxTensor(cosines.name, cosines.kind, cosines.data[:1]).floats()
-    return Turn(frequencies.astype(np.float32), float(first[0, 0]), rows)
+    return Turn(turned, float(first[0, 0]), rows)
 
 
 def rotated(graph: Graph, value: str) -> tuple[str, Turn] | None:

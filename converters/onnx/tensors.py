@@ -56,7 +56,8 @@ def to_float32(data: NDArray[Any], kind: str) -> NDArray[np.float32]:
         wide = data.astype(np.uint32) << np.uint32(16)
         floats: NDArray[np.float32] = wide.view(np.float32)
         return floats
-    return np.ascontiguousarray(data, np.float32)
+    with np.errstate(invalid="ignore"):  # a damaged file may hold a signalling NaN
+        return np.ascontiguousarray(data, np.float32)
 
 
 class ExternalFiles:
