@@ -252,6 +252,10 @@ def test_verify_passes_and_fails(cli: Any, tmp_path: Path) -> None:
     done: Outcome = cli(*command, "--json")
     assert done.status == 0
     assert json.loads(done.out)["verification"]["passed"]
+    done = cli(*command, "--quant", "q4")
+    assert done.status == 0
+    assert "before rounding, logits differ" in done.out
+    assert {path.suffix for path in tmp_path.iterdir()} == {".onnx", ".json", ".ert"}
     # The config says the wrong window: the graph's mask, which is computed, has none.
     path = onnx_files.written(tmp_path, "llama_gqa_tied", "spelled")
     config = tiny_models.CONFIGS["llama_gqa_tied"] | {"model_type": "mistral", "sliding_window": 4}
