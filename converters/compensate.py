@@ -14,7 +14,7 @@ import numpy as np
 from edgert.converters.quantize import Codes, Floats, check_weights, quantize, round_codes, search
 from edgert.kernels.packing import GROUP
 
-COMPENSATED: Final = ("q4m", "q4", "q3", "q2")
+COMPENSATED: Final = ("q4m", "q4", "q4s", "q3", "q2")
 """The quantisations for which it is done; the error of q8 is below that of the products themselves."""
 DAMPING: Final = 0.01
 """Added to the diagonal of G, as a share of its mean: as published. It also makes G positive definite where

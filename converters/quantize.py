@@ -1,9 +1,9 @@
 """From float32 weights to small integers and float16 scales.
 
 A row is cut into groups of 32 columns; every group has one scale and a weight is about
-scale * integer, the integer in -127..127 (q8), -8..7 (q4), -4..3 (q3) or -2..1 (q2); in q4m it is
+scale * integer, the integer in -127..127 (q8), -8..7 (q4, q4s), -4..3 (q3) or -2..1 (q2); in q4m it is
 scale * integer + minimum, the integer in 0..15. The scale is rounded to what is stored (float16, a byte for
-q3 and q2) before the integers are chosen, so that they make up for its rounding.
+q4s, q3 and q2) before the integers are chosen, so that they make up for its rounding.
 
 q4 chooses the scale that minimises the squared error, where Q4_0 of GGUF takes the extreme / -8.
 For fixed integers q the best scale is <x,q>/<q,q>, which leaves an error of |x|^2 - <x,q>^2/<q,q>;
@@ -34,6 +34,7 @@ Q4_PLAIN_DIVISOR: Final = -8.0
 Q4_REFINEMENTS: Final = 1
 # As Q4_DIVISORS, for fewer steps: 3 bits clip the extreme of a group often, 2 bits nearly always.
 BYTE_DIVISORS: Final = {
+    "q4s": Q4_DIVISORS,
     "q3": (*np.arange(-5.5, -2.25, 0.25).tolist(), 2.5, 3.0, 3.5, 4.0),
     "q2": (*np.arange(-3.2, -0.9, 0.2).tolist(), *np.arange(1.0, 2.6, 0.2).tolist()),
 }
@@ -52,11 +53,19 @@ LARGEST: Final = {
     "q8": 127 * F16_MAX,
     "q4m": F16_MAX,
     "q4": 7 * F16_MAX,
+    "q4s": 7 * LARGEST_BYTE_SCALE,
     "q3": 4 * LARGEST_BYTE_SCALE,
     "q2": 2 * LARGEST_BYTE_SCALE,
 }
 """The largest weight each quantisation can hold."""
-CODE_RANGE: Final = {"q8": (-127, 127), "q4m": (0, 15), "q4": (-8, 7), "q3": (-4, 3), "q2": (-2, 1)}
+CODE_RANGE: Final = {
+    "q8": (-127, 127),
+    "q4m": (0, 15),
+    "q4": (-8, 7),
+    "q4s": (-8, 7),
+    "q3": (-4, 3),
+    "q2": (-2, 1),
+}
 """The integers of each quantisation that has a scale."""
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from edgert.errors import OptionError
 
-Quant = Literal["f32", "f16", "q8", "q4m", "q4", "q3", "q2"]
-QUANTS: tuple[Quant, ...] = ("f32", "f16", "q8", "q4m", "q4", "q3", "q2")
+Quant = Literal["f32", "f16", "q8", "q4m", "q4", "q4s", "q3", "q2"]
+QUANTS: tuple[Quant, ...] = ("f32", "f16", "q8", "q4m", "q4", "q4s", "q3", "q2")
 """The most precise first."""
 KvType = Literal["f16", "q8", "q4"]
 KV_TYPES: tuple[KvType, ...] = ("f16", "q8", "q4")

@@ -4,7 +4,7 @@ import numpy as np
 
 from edgert.kernels.elementwise import read_byte_scale, read_f16, read_f32
 from edgert.kernels.jit import kernel
-from edgert.kernels.matmul import F16, F32, Q3, Q4, Q4M, Q8
+from edgert.kernels.matmul import F16, F32, Q3, Q4M, Q4S, Q8, record_bytes
 from edgert.kernels.reference import embedding as _twin
 
 
@@ -27,10 +27,13 @@ def embed(quant, w, w_at, groups, token, y, y_at):
             for k in range(32):
                 value = np.int32(w[record + (k // 4) * 64 + lane * 4 + k % 4])
                 y[out + k] = scale * np.float32(value - (value >> 7) * 256)  # a byte as signed
-        elif quant == Q4 or quant == Q4M:
-            record = w_at + (block * groups + g) * (288 if quant == Q4 else 320)
-            scale = read_f16(w, record + 256 + lane * 2)
-            offset = 8 if quant == Q4 else 0
+        elif quant <= Q4S:
+            record = w_at + (block * groups + g) * record_bytes(quant)
+            if quant == Q4S:
+                scale = read_byte_scale(w, record + 256 + lane)
+            else:
+                scale = read_f16(w, record + 256 + lane * 2)
+            offset = 0 if quant == Q4M else 8
             for k in range(32):
                 value = np.int32(w[record + (k // 8) * 64 + lane * 4 + k % 4])
                 y[out + k] = scale * np.float32(((value >> (k % 8 // 4 * 4)) & 15) - offset)

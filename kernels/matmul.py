@@ -4,7 +4,7 @@ from edgert.kernels import tiles
 from edgert.kernels.jit import jit, kernel
 from edgert.kernels.reference import matmul as _twin
 
-F32, F16, Q8, Q4M, Q4, Q3, Q2 = range(7)
+F32, F16, Q8, Q4M, Q4, Q4S, Q3, Q2 = range(8)
 """Stored precisions as numbers, in the order of `config.QUANTS`."""
 
 MOST = tiles.QUANTIZED_ROWS[0]
@@ -45,10 +45,10 @@ def matmul_q8(
 def matmul_small(
     quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most=MOST, ahead=AHEAD
 ):
-    """As `matmul_q4`, over a matrix of type q4m (quant 0), q3 (1) or q2 (2).
+    """As `matmul_q4`, over a matrix of type q4m (quant 0), q4s (1), q3 (2) or q2 (3).
 
     Per group y = fma(minimum, x_sum * x_scale, fma(i, w_scale * x_scale, y')); the minimum is 0 but in q4m.
-    One function of three types, which differ in how a record is unpacked, so that one is compiled.
+    One function of four types, which differ in how a record is unpacked, so that one is compiled.
     """
     _small(quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead)
 
@@ -74,7 +74,9 @@ def record_bytes(quant):
     """Bytes of 16 rows by 32 columns; as `packing.RECORD_BYTES`, by number."""
     if quant <= Q8:
         return 2048 if quant == F32 else 1024 if quant == F16 else 544
-    return 320 if quant == Q4M else 288 if quant == Q4 else 208 if quant == Q3 else 144
+    if quant <= Q4S:
+        return 320 if quant == Q4M else 288 if quant == Q4 else 272
+    return 208 if quant == Q3 else 144
 
 
 @jit
@@ -94,5 +96,5 @@ def matmul(
     elif quant == F32:
         matmul_f32(w, w_at, groups, first, last, rows, f, x, x_stride, f, y, y_stride)
     else:
-        kind = 0 if quant == Q4M else 1 if quant == Q3 else 2
+        kind = 0 if quant == Q4M else quant - Q4  # its place in SMALL
         matmul_small(kind, w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)

@@ -9,6 +9,7 @@ inside a block the groups follow one another; one (block, group) record is, for
     q4    4 x 64 bytes then 16 float16 scales: register j holds, row by row, k = 8j .. 8j+3 in the
           low nibbles and k = 8j+4 .. 8j+7 in the high nibbles, each nibble the value + 8
     q4m   the same with nibbles that are the value itself, then 16 float16 minimums
+    q4s   the nibbles of q4, then 16 scales of one byte
     q3    2 x 64 bytes: register i holds, row by row and c = 0 .. 3, the low two bits of the value + 4 at
           k = 16i + 4t + c in its bits 2t and 2t+1; then 64 bytes, whose bit j is the third bit at
           k = 4j + c; then 16 scales of one byte
@@ -31,12 +32,14 @@ from numpy.typing import NDArray
 
 BLOCK = 16
 GROUP = 32
-RECORD_BYTES = {"f32": 2048, "f16": 1024, "q8": 544, "q4m": 320, "q4": 288, "q3": 208, "q2": 144}
+RECORD_BYTES = {"f32": 2048, "f16": 1024, "q8": 544, "q4m": 320, "q4": 288, "q4s": 272, "q3": 208, "q2": 144}
 """Bytes of one (block, group) record, by type, the most precise first."""
-OFFSETS = {"q4": 8, "q3": 4, "q2": 2}
+OFFSETS = {"q4": 8, "q4s": 8, "q3": 4, "q2": 2}
 """What is added to a value before it is stored, so that no stored one is negative."""
+BYTE_SCALED = ("q4s", "q3", "q2")
+"""The types whose scales take one byte."""
 LARGEST_BYTE_SCALE = 7.5
-"""The largest scale of q3 and q2."""
+"""The largest of these scales."""
 BYTE_SCALE_FACTOR = 4.0
 """What the float16 in a scale of one byte is multiplied by. Weights of a standard deviation from 0.0005 (a
 twentieth of what is usual) to 10 then keep all 3 bits of mantissa."""
@@ -71,7 +74,7 @@ def _pack_scales(scales: NDArray[np.float16]) -> NDArray[np.uint8]:
 
 
 def byte_scales(scales: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
-    """The nearest scales that q3 and q2 can store, as float16; too large ones become the largest."""
+    """The nearest scales that BYTE_SCALED can store, as float16; too large ones become the largest."""
     limited = np.clip(scales, -LARGEST_BYTE_SCALE, LARGEST_BYTE_SCALE).astype(np.float32)
     # Mantissas of 3 bits, below 2**-12 multiples of 2**-15.
     step = np.maximum(np.frexp(limited)[1] - 1, -12) - 3
@@ -100,8 +103,9 @@ def pack(
 ) -> NDArray[np.uint8]:
     """Whole numbers [N, K] and scales [N, ceil(K/32)] to record bytes [blocks, groups, record].
 
-    Values are in the range of `quant`: -127..127 for q8, 0..15 for q4m, -8..7, -4..3 and -2..1 for q4, q3
-    and q2. Scales of q3 and q2 are as `byte_scales` gives them. minimums: as scales, for q4m alone.
+    Values are in the range of `quant`: -127..127 for q8, 0..15 for q4m, -8..7 for q4 and q4s, -4..3 and
+    -2..1 for q3 and q2. Scales of BYTE_SCALED are as `byte_scales` gives them. minimums: as scales, for
+    q4m alone.
     """
     if quant == "q8":
         return pack_q8(values, scales)
@@ -112,6 +116,9 @@ def pack(
         )
     if quant == "q4":
         return pack_q4(values, scales)
+    small = scale_bytes(_pack_scales(scales).view(np.float16))
+    if quant == "q4s":
+        return np.concatenate([_nibbles(_records(values) + np.int8(8)), small], axis=2)
     codes = (_records(values) + np.int8(OFFSETS[quant])).view(np.uint8)
     shape = codes.shape[:2]
     # [.., row, i, t, c] to bytes [.., i, row, c], two bits for each t
@@ -126,7 +133,7 @@ def pack(
         for j in range(8):
             high |= thirds[..., j, :] << np.uint8(j)
         parts.append(high.reshape(*shape, 64))
-    return np.concatenate([*parts, scale_bytes(_pack_scales(scales).view(np.float16))], axis=2)
+    return np.concatenate([*parts, small], axis=2)
 
 
 def pack_q8(values: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:
@@ -175,7 +182,7 @@ def unpack_values(quant: str, records: NDArray[np.uint8]) -> NDArray[np.generic]
 
 def unpack_scales(quant: str, records: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Record bytes [..., record] to scales [..., 16]."""
-    if quant in ("q3", "q2"):
+    if quant in BYTE_SCALED:
         return _unpack_byte_scales(records[..., -16:])
     at = 512 if quant == "q8" else 256
     return np.ascontiguousarray(records[..., at : at + 32]).view(np.float16).astype(np.float32)

@@ -151,19 +151,21 @@ def _halves(builder: ir.IRBuilder, record: ir.Value, at: int) -> ir.Value:
 
 def load_group(builder: ir.IRBuilder, quant: str, record: ir.Value) -> Group:
     """A record of one type (packing.py)."""
-    planes = {"q8": 8, "q4m": 4, "q4": 4, "q3": 3, "q2": 2}[quant]
+    planes = {"q8": 8, "q4m": 4, "q4": 4, "q4s": 4, "q3": 3, "q2": 2}[quant]
     raw = [simd.load(builder, _at(builder, record, 64 * j), i8x64.llvm) for j in range(planes)]
     offset = ir.Constant(_I32, weight_offset(quant))
-    if quant in ("q8", "q4m", "q4"):
+    if quant in ("q3", "q2"):
+        registers = [simd.field(builder, raw[j // 4], j % 4 * 2, 3) for j in range(8)]
+    else:
         registers = raw if quant == "q8" else [half for v in raw for half in simd.nibbles(builder, v)]
-        minimums = _halves(builder, record, 64 * planes + 32) if quant == "q4m" else None
-        return Group(registers, _halves(builder, record, 64 * planes), offset, minimums)
-    registers = [simd.field(builder, raw[j // 4], j % 4 * 2, 3) for j in range(8)]
     if quant == "q3":
         thirds = (simd.field(builder, raw[2], j - 2, 4) for j in range(8))
         registers = [builder.or_(low, third) for low, third in zip(registers, thirds, strict=True)]
-    stored = simd.load(builder, _at(builder, record, 64 * planes), ir.VectorType(ir.IntType(8), 16))
-    return Group(registers, simd.byte_scales(builder, stored), offset)
+    if quant in packing.BYTE_SCALED:
+        stored = simd.load(builder, _at(builder, record, 64 * planes), ir.VectorType(ir.IntType(8), 16))
+        return Group(registers, simd.byte_scales(builder, stored), offset)
+    minimums = _halves(builder, record, 64 * planes + 32) if quant == "q4m" else None
+    return Group(registers, _halves(builder, record, 64 * planes), offset, minimums)
 
 
 def _load_one_of(builder: ir.IRBuilder, quants: tuple[str, ...], which: ir.Value, record: ir.Value) -> Group:

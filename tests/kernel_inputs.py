@@ -30,9 +30,9 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
-QUANTS = ("f32", "f16", "q8", "q4m", "q4", "q3", "q2")
-RECORD = {"f32": 2048, "f16": 1024, "q8": 544, "q4m": 320, "q4": 288, "q3": 208, "q2": 144}
-INTEGERS = {"q8": (-127, 127), "q4m": (0, 15), "q4": (-8, 7), "q3": (-4, 3), "q2": (-2, 1)}
+QUANTS = ("f32", "f16", "q8", "q4m", "q4", "q4s", "q3", "q2")
+RECORD = {"f32": 2048, "f16": 1024, "q8": 544, "q4m": 320, "q4": 288, "q4s": 272, "q3": 208, "q2": 144}
+INTEGERS = {"q8": (-127, 127), "q4m": (0, 15), "q4": (-8, 7), "q4s": (-8, 7), "q3": (-4, 3), "q2": (-2, 1)}
 
 few = settings(deadline=None, max_examples=12, derandomize=True)
 some = settings(deadline=None, max_examples=50, derandomize=True)
@@ -133,7 +133,7 @@ def weight_bytes(quant: str, label: object, blocks: int, groups: int, flavour: s
     data = raw(label, records * RECORD[quant]).reshape(records, -1)
     if quant == "q8":
         data[:, :512][data[:, :512] == 128] = 127  # -128 is not a q8 value
-    if quant in ("q3", "q2"):
+    if quant in ("q4s", "q3", "q2"):
         return data.reshape(-1)  # every byte is a scale
     scales = floats((label, "scales"), flavour, records * 16, large=6e4).astype(np.float16)
     at = 512 if quant == "q8" else 256
@@ -163,6 +163,8 @@ def stored_value(quant: str, data: U8, at: int, groups: int, n: int, k: int) -> 
         return (low + 4 * high - 4) * byte_scale(int(data[record + 192 + row]))
     byte = int(data[record + (k // 8) * 64 + row * 4 + k % 4])
     nibble = byte >> 4 if k % 8 >= 4 else byte & 15
+    if quant == "q4s":
+        return (nibble - 8) * byte_scale(int(data[record + 256 + row]))
     if quant == "q4m":
         scale = float(struct.unpack_from("<e", data, record + 256 + row * 2)[0])
         return nibble * scale + float(struct.unpack_from("<e", data, record + 288 + row * 2)[0])
@@ -233,7 +235,7 @@ def _matrix_bytes(tensor: StoredTensor, random: F32, label: object) -> U8:
     values = (np.rint(random * np.float32(top - middle)) + middle).astype(np.int8)
     wobble = whole((label, tensor.name, "scales"), 8, 15, rows, -(-columns // 32)) / 16
     scales = (wobble * spread / (top - middle)).astype(np.float16)
-    if tensor.quant in ("q3", "q2"):
+    if tensor.quant in ("q4s", "q3", "q2"):
         scales = packing.byte_scales(scales)
     minimums = -scales * np.float16(middle) if middle else None
     return packing.pack(tensor.quant, values, scales, minimums).reshape(-1)

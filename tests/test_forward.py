@@ -77,6 +77,7 @@ CASES = {
     "gqa-q8-q8": Case(GQA, "q8", "q8"),
     "gqa-q4m-f16": Case(GQA, "q4m", "f16"),
     "gqa-q3-f16": Case(GQA, "q3", "f16"),
+    "gqa-q4s-f16": Case(GQA, "q4s", "f16"),
     "rich-q2-q8": Case(RICH, "q2", "q8"),
     "rich-q4-q8": Case(RICH, "q4", "q8"),
     "rich-q4-q4": Case(RICH, "q4", "q4"),

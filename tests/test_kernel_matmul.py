@@ -12,7 +12,7 @@ from edgert.kernels import matmul
 from edgert.kernels.reference import matmul as twins
 from tests import kernel_inputs as inputs
 
-QUANTISED = ("q8", "q4m", "q4", "q3", "q2")
+QUANTISED = ("q8", "q4m", "q4", "q4s", "q3", "q2")
 FLOAT = ("f32", "f16")
 
 
@@ -206,7 +206,7 @@ def _set_zero(quant: str, record: inputs.U8, row: int, k: int) -> None:
         if quant == "q3":
             record[128 + row * 4 + k % 4] |= 1 << k // 4
     else:
-        zero = 0x88 if quant == "q4" else 0
+        zero = 0 if quant == "q4m" else 0x88
         at, high = k // 8 * 64 + row * 4 + k % 4, k % 8 >= 4
         record[at] = (record[at] & 0x0F) | (zero & 0xF0) if high else (record[at] & 0xF0) | (zero & 0x0F)
         if quant == "q4m":

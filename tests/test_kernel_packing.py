@@ -104,7 +104,7 @@ def test_whole_numbers_and_scales_come_back(
     groups = -(-size[1] // 32)
     scales = inputs.floats((seed, "s"), flavour, size[0], groups, large=6e4).astype(np.float16)
     minimums = None
-    if quant in ("q3", "q2"):
+    if quant in ("q4s", "q3", "q2"):
         scales = packing.byte_scales(scales)
     elif quant == "q4m":
         minimums = inputs.floats((seed, "m"), flavour, size[0], groups, large=6e4).astype(np.float16)

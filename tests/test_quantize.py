@@ -225,7 +225,7 @@ def test_scales_of_groups_beat_the_best_single_one_on_gaussian_weights(quant: st
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-@pytest.mark.parametrize("quant", ["q3", "q2"])
+@pytest.mark.parametrize("quant", ["q4s", "q3", "q2"])
 def test_byte_scales_are_within_a_tenth_of_a_search_over_all_of_them(name: str, quant: str) -> None:
     weights = DISTRIBUTIONS[name][:4] * np.float32(0.1)
     groups = weights.reshape(-1, 32).T.astype(np.float64)
@@ -247,7 +247,7 @@ def test_a_minimum_lowers_the_error(name: str) -> None:
     assert line < (0.55 if name == "only positive" else 0.99) * plain
 
 
-@pytest.mark.parametrize("quant", ["q4m", "q3", "q2"])
+@pytest.mark.parametrize("quant", ["q4m", "q4s", "q3", "q2"])
 @settings(deadline=None)
 @given(
     rows=st.integers(1, 9),

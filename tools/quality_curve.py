@@ -37,8 +37,8 @@ from edgert.kernels import packing
 
 Floats = NDArray[np.float32]
 
-TYPES: tuple[Quant, ...] = ("q8", "q4m", "q4", "q3", "q2")
-CALIBRATED: tuple[Quant, ...] = ("q4m", "q4", "q3", "q2")
+TYPES: tuple[Quant, ...] = ("q8", "q4m", "q4", "q4s", "q3", "q2")
+CALIBRATED: tuple[Quant, ...] = ("q4m", "q4", "q4s", "q3", "q2")
 BUDGETS = (2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 THEIRS = {"Q4_0": 4.5, "Q4_K": 4.5, "Q3_K": 3.4375, "Q2_K": 2.625}  # bits per weight
 EMBEDDING, EMBEDDING_BITS = "Q6_K", 6.5625
@@ -75,6 +75,7 @@ class Kept:
             names = [name for t in file.tensors.values() for name, _, _ in matrices_in(t)]
             for name in sorted(names, key=lambda n: n == "token_embedding"):
                 self._grams[name], self._rows[name] = found.gram(name), found.rows(name)
+            self._uses = found.expert_uses()
 
     def gram(self, name: str) -> Floats | None:
         """See Calibration."""
@@ -86,6 +87,10 @@ class Kept:
 
     def firing(self, layer: int) -> None:
         """Neurons are not reordered here."""
+
+    def expert_uses(self) -> Any:
+        """See Calibration."""
+        return self._uses
 
 
 def ours(

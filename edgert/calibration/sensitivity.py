@@ -30,7 +30,7 @@ TOKENS: Final = 1024
 """Rows compared: each tensor costs a run of so many through the layers above it."""
 LOGITS: Final = 1 << 26
 """Most logits held, 256 MiB: of a vocabulary of 128k, 512 rows."""
-CANDIDATES: Final[tuple[Quant, ...]] = ("q8", "q4m", "q4", "q3", "q2")
+CANDIDATES: Final[tuple[Quant, ...]] = ("q8", "q4m", "q4", "q4s", "q3", "q2")
 PROBE: Final = "q3"
 """Coarse enough to be told from noise in one tensor, fine enough for the rest of the model to stay itself."""
 SAMPLE: Final = 1 << 18

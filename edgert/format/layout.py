@@ -32,7 +32,8 @@ TILE_BYTES: Final[dict[str, int]] = {
     "q8": ROW_BLOCK * (GROUP + SCALE_BYTES),
     "q4m": ROW_BLOCK * (GROUP // 2 + 2 * SCALE_BYTES),
     "q4": ROW_BLOCK * (GROUP // 2 + SCALE_BYTES),
-    "q3": ROW_BLOCK * (GROUP * 3 // 8 + 1),  # a scale of one byte
+    "q4s": ROW_BLOCK * (GROUP // 2 + 1),  # a scale of one byte
+    "q3": ROW_BLOCK * (GROUP * 3 // 8 + 1),
     "q2": ROW_BLOCK * (GROUP // 4 + 1),
 }
 QUANTS_OF: Final[dict[Role, tuple[str, ...]]] = {

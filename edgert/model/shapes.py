@@ -198,7 +198,7 @@ def _fill_matrix(
     period = noise.size // size * size
     view[:] = np.resize(noise[:period], view.size)
     scale = np.float16(spread / _DEVIATION[quant])
-    if quant in ("q3", "q2"):
+    if quant in packing.BYTE_SCALED:
         records[:, -16:] = packing.scale_bytes(packing.byte_scales(np.array([scale])))
     else:
         at = 512 if quant == "q8" else 256
@@ -207,7 +207,7 @@ def _fill_matrix(
         records[:, 288:].view(np.float16)[:] = -7.5 * scale
 
 
-_DEVIATION = {"q8": 74.0, "q4m": 4.6, "q4": 4.6, "q3": 2.3, "q2": 1.1}
+_DEVIATION = {"q8": 74.0, "q4m": 4.6, "q4": 4.6, "q4s": 4.6, "q3": 2.3, "q2": 1.1}
 """Of uniform numbers of 8, 4, 3 and 2 bits."""
 
 

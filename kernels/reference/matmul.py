@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from edgert.kernels import packing
 from edgert.kernels.reference.arithmetic import F32, fma
 
-SMALL = ("q4m", "q3", "q2")
+SMALL = ("q4m", "q4s", "q3", "q2")
 
 
 def _records(quant: str, w: NDArray[np.uint8], w_at: int, groups: int, first: int, last: int) -> Any:
