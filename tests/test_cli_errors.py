@@ -215,10 +215,10 @@ def test_convert_says_what_it_cannot_read(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_unsupported_architecture_names_those_there_are(cli: Cli, tmp_path: Path) -> None:
-    config = tiny_models.CONFIGS["llama_mha"] | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    config = tiny_models.CONFIGS["llama_mha"] | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
     tiny_models.write_model(tmp_path / "m", config, tiny_models.weights(tiny_models.CONFIGS["llama_mha"], 1))
     done = cli("convert", tmp_path / "m", "-o", tmp_path / "out.ert")
-    refused(done, FAILED, "gpt2", "expected", "llama", "qwen3")
+    refused(done, FAILED, "mamba", "expected", "llama", "qwen3")
 
 
 def test_convert_to_a_folder_that_is_not_there(cli: Cli, tiny_folder: Path, tmp_path: Path) -> None:
