@@ -7,7 +7,7 @@ from edgert.config import EngineConfig
 from edgert.experts import ExpertStore
 from edgert.flash import Reading, Streaming
 from edgert.model.forward import Forward
-from edgert.speculation.controller import Controller, Steady
+from edgert.speculation.controller import FIRST_TRIAL, Controller, Steady
 from edgert.speculation.decoder import Speculation
 from edgert.speculation.expert_reads import ExpertReads, Reads, reads_so_far
 from edgert.speculation.lookup import LookupDrafter
@@ -101,7 +101,7 @@ def test_the_more_bytes_a_row_brings_the_smaller_is_the_tree() -> None:
 def test_guesses_that_cost_more_reading_than_they_save_send_their_drafter_to_rest() -> None:
     for missing, rests in ((0.0, False), (0.5, True)):
         made = controller(0.0, missing)
-        for _ in range(3):
+        for _ in range(FIRST_TRIAL):
             made.settle("test", taken=2, nodes=6, verified=6, draft_s=1e-3)
         assert bool(made.accounts["test"].resting) == rests
 
