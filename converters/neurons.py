@@ -18,6 +18,8 @@ from edgert.kernels.packing import GROUP
 
 SPARSE_ACTIVATIONS: Final = ("relu", "relu2")
 """Activations that are exactly zero for about half of all inputs, and for more in models trained so."""
+LEAST_WIDTH: Final = neuron_packing.SPAN * GROUP
+"""Below it a row of up is mostly padding: the bundled target (192 wide) is a fifth slower neuron by neuron."""
 SLAB_WEIGHTS: Final = 1 << 20
 """Weights of one slab, as in pipeline.py."""
 
@@ -64,7 +66,8 @@ def with_sparsity(spec: ModelSpec, quant: Quant, sparsity: Sparsity, calibrated:
             f"sparsity is {sparsity} for a model with {found}; expected a dense one with "
             f"{' or '.join(SPARSE_ACTIVATIONS)} in {' or '.join(neuron_packing.QUANTS)}"
         )
-    return replace(spec, neurons=zeros and fits and sparsity != "none")
+    worth = sparsity != "auto" or spec.width >= LEAST_WIDTH
+    return replace(spec, neurons=zeros and fits and worth and sparsity != "none")
 
 
 def neuron_clusters(

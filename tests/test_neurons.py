@@ -12,6 +12,7 @@ import pytest
 
 import edgert
 from edgert.config import EngineConfig, ModelSpec
+from edgert.converters.neurons import LEAST_WIDTH, with_sparsity
 from edgert.errors import FormatError, OptionError
 from edgert.format import ErtFile, StoredTensor, declared
 from edgert.format.layout import LAYOUT_OF, page_padded, stored_bytes
@@ -155,13 +156,16 @@ def test_a_converted_model_gives_the_same_either_way(quant: Any, tmp_path: Path)
     inputs.same(*found)
 
 
-@pytest.mark.parametrize("name", ["llama_relu2", "llama_gqa_tied", "olmoe_gqa_biases_normalised"])
-def test_what_fires_rarely_is_stored_neuron_by_neuron(name: str, tmp_path: Path) -> None:
-    tiny_models.write_folder(tmp_path / "model", name)
-    for quant in ("f32", "f16", "q8", "q4", "q3"):
-        edgert.convert(tmp_path / "model", tmp_path / "m.ert", quant)
-        with ErtFile.open(tmp_path / "m.ert") as file:
-            assert file.spec.neurons == (name == "llama_relu2" and quant in neuron_packing.QUANTS)
+@pytest.mark.parametrize("width", [LEAST_WIDTH, LEAST_WIDTH - 32])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_what_fires_rarely_is_stored_neuron_by_neuron_where_it_is_wide(width: int, activation: Any) -> None:
+    spec = replace(SMALL, width=width, activation=activation)
+    for quant in QUANTS:
+        fits = activation == "relu" and quant in neuron_packing.QUANTS and width == LEAST_WIDTH
+        assert with_sparsity(spec, quant, "auto").neurons == fits
+        assert not with_sparsity(spec, quant, "none").neurons
+    experts = replace(spec, experts=4, active_experts=2, expert_width=32)
+    assert not with_sparsity(experts, "q4", "auto").neurons
 
 
 def test_what_cannot_be_exact_is_refused(tmp_path: Path) -> None:
@@ -176,7 +180,7 @@ def test_what_cannot_be_exact_is_refused(tmp_path: Path) -> None:
 
 def test_damaged_neurons_are_found(tmp_path: Path) -> None:
     tiny_models.write_folder(tmp_path / "model", "llama_relu2")
-    edgert.convert(tmp_path / "model", tmp_path / "m.ert", "q4")
+    edgert.convert(tmp_path / "model", tmp_path / "m.ert", "q4", sparsity="exact")
     data = bytearray((tmp_path / "m.ert").read_bytes())
     at = data.index(b'\\"layout\\":\\"neurons32\\"')
     data[at : at + 22] = data[at : at + 22].replace(b"neurons32", b"gated16  ")

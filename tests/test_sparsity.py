@@ -68,7 +68,7 @@ def test_order_changes_only_the_rounding(tmp_path: Path) -> None:
     tokens = [1, 5, 7, 9, 11, 20]
     found = []
     for calibrate in (None, tmp_path / "text.txt"):
-        edgert.convert(tmp_path / "model", tmp_path / "m.ert", "q8", calibrate=calibrate)
+        edgert.convert(tmp_path / "model", tmp_path / "m.ert", "q8", sparsity="exact", calibrate=calibrate)
         with ErtFile.open(tmp_path / "m.ert") as file:
             assert file.spec.neurons
             assert (file.sparsity is not None) == (calibrate is not None)

@@ -97,8 +97,8 @@ def _reads(done: Completion) -> str:
 
 
 WAYS = (
-    Way("whole feed-forward", file="dense"),
-    Way("sparse", saved=_fired),
+    Way("plain"),
+    Way("sparse", saved=_fired, file="sparse"),
     Way("all cores", options=lambda family: {"threads": cores()}),
     Way("speculative, draft", options=lambda family: {"draft": family.files["draft"]}, saved=_passes),
     Way("speculative, exits", options=lambda family: {"draft": "exit"}, saved=_passes),
@@ -151,8 +151,8 @@ def _convert_family(scratch: Path) -> dict[str, Path]:
             f"{report.seconds:.1f} s"
         )
     with bundled_model() as folder:
-        files["dense"] = scratch / "dense.ert"
-        convert(folder, files["dense"], _QUANT, sparsity="none")
+        files["sparse"] = scratch / "sparse.ert"
+        convert(folder, files["sparse"], _QUANT, sparsity="exact")
     files["edge"], files["cloud"] = scratch / "edge.ert", scratch / "cloud.ert"
     split(files["target"], SPLIT_LAYER, files["edge"], files["cloud"])
     return files
