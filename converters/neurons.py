@@ -19,7 +19,7 @@ from edgert.kernels.packing import GROUP
 SPARSE_ACTIVATIONS: Final = ("relu", "relu2")
 """Activations that are exactly zero for about half of all inputs, and for more in models trained so."""
 LEAST_WIDTH: Final = neuron_packing.SPAN * GROUP
-"""Below it a row of up is mostly padding: the bundled target (192 wide) is a fifth slower neuron by neuron."""
+"""Below it a row of up is mostly padding: the bundled target, 192 wide, is a fifth slower so."""
 SLAB_WEIGHTS: Final = 1 << 20
 """Weights of one slab, as in pipeline.py."""
 

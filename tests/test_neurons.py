@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import edgert
-from edgert.config import EngineConfig, ModelSpec
+from edgert.config import QUANTS, EngineConfig, ModelSpec
 from edgert.converters.neurons import LEAST_WIDTH, with_sparsity
 from edgert.errors import FormatError, OptionError
 from edgert.format import ErtFile, StoredTensor, declared
