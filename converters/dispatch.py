@@ -41,8 +41,8 @@ def convert(
     `sparsity` "exact" stores up and down neuron by neuron, so that neurons that do not fire are not read;
     "auto" does that where the activation is zero for many (ReLU and its like) and the model at least 512
     wide, "none" never; a number from 0 to 0.9 takes this share of the smallest activations for zero, which is
-    not exact and needs a `calibration`. An existing `out` is replaced when the conversion is complete; a conversion that fails
-    leaves it as it was.
+    not exact and needs a `calibration`. An existing `out` is replaced when the conversion is complete; a
+    conversion that fails leaves it as it was.
     Raises NotAModelError, UnsupportedError, ConversionError or OptionError, each in one line.
     """
     source, out = Path(source), Path(out)

@@ -89,8 +89,9 @@ class SparsityType(click.ParamType[Sparsity]):
     show_default=True,
     metavar="auto|exact|none|SHARE",
     help="Store the feed-forward neuron by neuron, so that those that do not fire are not read: where many "
-    "activations are exactly zero (ReLU, 512 wide or more), or an error where that cannot be, or never. A SHARE like 0.4 takes "
-    "so many of the smallest activations for zero: not exact, needs --calibrate, and says what it costs.",
+    "activations are exactly zero (ReLU, 512 wide or more), or an error where that cannot be, or never. A "
+    "SHARE like 0.4 takes so many of the smallest activations for zero: not exact, needs --calibrate, and "
+    "says what it costs.",
 )
 @click.option(
     "--verify",
