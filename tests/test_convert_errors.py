@@ -264,7 +264,7 @@ def test_a_source_of_another_kind_is_refused(
 
 
 def test_an_unknown_quantisation_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"quant is 'q5'; expected one of f32, f16, q8, q4m, q4, q3"):
+    with pytest.raises(OptionError, match=r"quant is 'q5'; expected one of f32, f16, q8, q4m, q4, q4s, q3, q2"):
         convert(folder, tmp_path / "m.ert", "q5")  # type: ignore[arg-type]
 
 
