@@ -355,6 +355,7 @@ def test_a_guess_that_proves_wrong_is_read_no_further(weights: Weights, right: b
         for expert in range(8):  # ... and has to give up both
             ask(store, 0, [expert])
         gate.go.clear()
+        gate.reached.clear()  # it was, while the guess was learned
         gate.count = 0
         ask(store, 2, [1])
         assert gate.reached.wait(30)  # two pages of the guess are begun
