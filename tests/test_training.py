@@ -119,6 +119,23 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert damaged.status == 2 and "d.checkpoint: found UnpicklingError in it" in damaged.err
 
 
+@pytest.mark.parametrize("kind", ["draft", "exits"])
+def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(
+    kind: str, cli: Cli, folder: Path, text: Path, tmp_path: Path
+) -> None:
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "out.safetensors"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))  # the system fails longer writes
+    try:
+        done = cli("train", kind, folder, "--text", text, "-o", out, "--steps", 2, *QUICK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert done.status == 1
+    assert re.search(r"edgert: \S*out\S*: cannot be written \(.+\); check", done.err.splitlines()[-1])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_draft_never_overwrites(cli: Cli, folder: Path, text: Path, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "mine.txt").write_text("mine")

@@ -171,7 +171,9 @@ def _serving(file: Path) -> Iterator[str | None]:
         try:
             assert process.stdout is not None
             found = re.search(r" at (\S+:\d+),", process.stdout.readline())
-            yield found[1] if found else None
+            if found is None:
+                raise DeviceError(f"the process that serves {file.name} did not start; see: edgert cloud")
+            yield found[1]
         finally:
             process.terminate()
 

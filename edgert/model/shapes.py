@@ -214,8 +214,7 @@ _DEVIATION = {"q8": 74.0, "q4m": 4.6, "q4": 4.6, "q4s": 4.6, "q3": 2.3, "q2": 1.
 def _fill_neurons(view: Bytes, quant: Quant, width: int, noise: Bytes) -> None:
     sizes, record = NeuronShape.of(quant, width), packing.RECORD_BYTES[quant]
     clusters = view.reshape(-1, sizes.cluster)
-    # A cluster of the next tensor starts elsewhere in the noise, so that its neurons are others.
-    clusters[:] = np.resize(np.roll(noise, -12345), clusters.shape)
+    clusters[:] = np.resize(noise, clusters.shape)
     scale = np.full(16, width**-0.5 / _DEVIATION[quant], np.float16)
     clusters[:, : sizes.scales] = np.resize(scale.view(np.uint8), sizes.scales)
     for neuron in range(CLUSTER):

@@ -25,6 +25,7 @@ from edgert.errors import UsageError
 from edgert.training.corpus import Corpus
 from edgert.training.run import Report, Run, Trainer
 from edgert.training.teacher import Teacher
+from edgert.training.whole import told
 
 SHARE = 10
 """A draft has one in so many of its teacher's weights: in the field's reports a draft pays at a fifth to a
@@ -247,7 +248,7 @@ def _write(student: Any, teacher: Teacher, out: Path, settings: dict[str, Any], 
         for name, w in student.named_parameters()  # the output is the embedding: stored once
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:40]}.") as holder:
+    with told(out), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name[:40]}.") as holder:
         folder = Path(holder) / "draft"
         folder.mkdir()
         save_file(weights, folder / "model.safetensors", {"format": "pt"})

@@ -26,6 +26,7 @@ from edgert.format.exits import EXITS_KEY
 from edgert.training.corpus import Corpus
 from edgert.training.run import Report, Run, Trainer
 from edgert.training.teacher import Teacher
+from edgert.training.whole import whole_file
 
 BOUNDS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Lower bounds of the buckets of confidence: tenths, finer where thresholds are set."""
@@ -175,7 +176,6 @@ def _write(
     }
     calibration = {str(layer): found[layer].to_json() for layer in layers}
     metadata = {EXITS_KEY: json.dumps(calibration), MODEL_KEY: teacher.fingerprint}
-    unfinished = out.with_name(out.name + ".unfinished")
-    save_file(tensors, unfinished, metadata)
-    unfinished.chmod(0o644)  # safetensors writes for the owner alone
-    unfinished.replace(out)
+    with whole_file(out) as unfinished:
+        save_file(tensors, unfinished, metadata)
+        unfinished.chmod(0o644)  # safetensors writes for the owner alone

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from edgert.errors import UsageError
+from edgert.training.whole import whole_file
 
 WARMUP_STEPS = 30
 FALL_FROM = 0.4  # of the run: the rate is constant before, and falls on a line after
@@ -108,7 +109,6 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the checkpoint so that a stop at any moment leaves a whole one."""
-        unfinished = self._checkpoint.with_name(self._checkpoint.name + ".unfinished")
         state = {
             "what": json.dumps(self._what),
             "step": self.step,
@@ -116,8 +116,8 @@ class Trainer:
             "weights": self._module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
-        torch.save(state, unfinished)
-        unfinished.replace(self._checkpoint)
+        with whole_file(self._checkpoint) as unfinished:
+            torch.save(state, unfinished)
 
     def _restore(self) -> None:
         place = next(self._module.parameters()).device
