@@ -8,6 +8,7 @@ from edgert.config import Quant, QuantSpec
 from edgert.converters.gguf.convert import convert_gguf
 from edgert.converters.gguf.reader import MAGIC
 from edgert.converters.hf import convert_hf
+from edgert.converters.hub import local
 from edgert.converters.neurons import Sparsity
 from edgert.converters.onnx.beside import model_in
 from edgert.converters.onnx.convert import convert_onnx
@@ -16,7 +17,8 @@ from edgert.converters.report import ConversionReport, Progress
 from edgert.errors import ConversionError, NotAModelError, OptionError
 
 SUPPORTED: Final = (
-    "a Hugging Face folder (config.json, *.safetensors, tokenizer.json), a GGUF file or an ONNX model"
+    "a Hugging Face folder (config.json, *.safetensors, tokenizer.json), a GGUF file, an ONNX model, or a "
+    "model's name on the Hub: hf://org/name"
 )
 
 
@@ -33,11 +35,12 @@ def convert(
 ) -> ConversionReport:
     """Convert a model to an .ert file and report size and error of every tensor.
 
-    `source` is a Hugging Face folder, a GGUF file or one of its parts, or an ONNX model or the folder of
-    one; `quant` is one name for all matrices ("f32", "f16", "q8", "q4") or a QuantSpec, by default q4 for a
-    Hugging Face folder and else what the source has (q8 where ours has no like); `progress` is called after
-    every slab; `exits` is a file of `edgert train exits` for a folder (by default its own
-    exits.safetensors, if it has one); `calibration` is what its matrices meet at work, for less loss.
+    `source` is a Hugging Face folder, a GGUF file or one of its parts, an ONNX model or the folder of one, or
+    a name on the Hugging Face Hub (hub.py); `quant` is one name for all matrices ("f32", "f16", "q8", "q4")
+    or a QuantSpec, by default q4 for a Hugging Face folder and else what the source has (q8 where ours has no
+    like); `progress` is called after every slab; `exits` is a file of `edgert train exits` for a folder (by
+    default its own exits.safetensors, if it has one); `calibration` is what its matrices meet at work, for
+    less loss.
     `sparsity` "exact" stores up and down neuron by neuron, so that neurons that do not fire are not read;
     "auto" does that where the activation is zero for many (ReLU and its like) and the model at least 512
     wide, "none" never; a number from 0 to 0.9 takes this share of the smallest activations for zero, which is
@@ -45,7 +48,21 @@ def convert(
     conversion that fails leaves it as it was.
     Raises NotAModelError, UnsupportedError, ConversionError or OptionError, each in one line.
     """
-    source, out = Path(source), Path(out)
+    with local(source, dry_run, progress) as path:
+        return _convert_local(path, Path(out), quant, progress, exits, calibration, sparsity, dry_run)
+
+
+def _convert_local(
+    source: Path,
+    out: Path,
+    quant: Quant | QuantSpec | None,
+    progress: Progress | None,
+    exits: str | os.PathLike[str] | None,
+    calibration: Calibration | None,
+    sparsity: Sparsity,
+    dry_run: bool,
+) -> ConversionReport:
+    """Convert what lies on this disk."""
     if not os.path.lexists(source):
         raise NotAModelError(f"{source}: found no such file or folder, expected {SUPPORTED}; check the path")
     is_gguf = source.is_file() and _is_gguf(source)

@@ -142,6 +142,7 @@ class HfConfig:
         return value
 
     def _wrong(self, key: str, value: object, expected: str) -> ConversionError:
+        key = key if key.isidentifier() and len(key) < 60 else shown(key)  # some are the file's own
         return ConversionError(
             f"{self.where}: found {key} {shown(value)}, expected {expected}; download the model's files again"
         )

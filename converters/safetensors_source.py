@@ -141,18 +141,27 @@ def open_folder(folder: Path) -> dict[str, SourceTensor]:
     )
 
 
-def _open_indexed(folder: Path, index: Path) -> dict[str, SourceTensor]:
-    places = read_object(index).get("weight_map")
+def shards_of(index: dict[str, Any], path: Path) -> list[str]:
+    """The files that an index names, each the plain name of one beside it; ConversionError for others."""
+    places = index.get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
-        raise ConversionError(f"{index}: found no weight_map of names to files; {_AGAIN}")
-    shards: dict[str, dict[str, SourceTensor]] = {}
+        raise ConversionError(f"{path}: found no weight_map of names to files; {_AGAIN}")
     names = sorted(set(places.values()))
     for name in names:
         # A plain name only: an index must not point the converter at other folders.
         if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise ConversionError(
-                f"{index}: found shard {shown(name)}, expected the plain name of a file beside it; {_AGAIN}"
+                f"{path}: found shard {shown(name)}, expected the plain name of a file beside it; {_AGAIN}"
             )
+    return names
+
+
+def _open_indexed(folder: Path, index: Path) -> dict[str, SourceTensor]:
+    content = read_object(index)
+    names = shards_of(content, index)
+    places: dict[str, str] = content["weight_map"]
+    shards: dict[str, dict[str, SourceTensor]] = {}
+    for name in names:
         if not (folder / name).is_file():
             present = sum((folder / other).is_file() for other in names)
             raise ConversionError(

@@ -43,7 +43,7 @@ def split(
     edge, cloud = Path(edge), Path(cloud)
     if edge == cloud:
         raise OptionError(f"both halves would be written to {edge}; expected two names: edge.ert,cloud.ert")
-    with _whole(Path(source), edge, quant, progress, exits, sparsity) as file:
+    with _whole(source, edge, quant, progress, exits, sparsity) as file:
         spec = file.spec
         if spec.part:
             raise OptionError(f"{file.path}: found half a model already; split the whole one")
@@ -57,7 +57,7 @@ def split(
 
 @contextmanager
 def _whole(
-    source: Path,
+    source: str | os.PathLike[str],
     edge: Path,
     quant: Quant | QuantSpec | None,
     progress: Progress | None,
@@ -65,8 +65,8 @@ def _whole(
     sparsity: Sparsity,
 ) -> Iterator[ErtFile]:
     """The source as an .ert file, converted to a temporary one beside `edge` if it is not one."""
-    if source.suffix == ".ert":
-        with ErtFile.open(source) as file:
+    if Path(source).suffix == ".ert":
+        with ErtFile.open(Path(source)) as file:
             yield file
         return
     temporary = edge.with_name(f".{edge.name[:40]}.{secrets.token_hex(4)}.whole")

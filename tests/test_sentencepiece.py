@@ -186,3 +186,14 @@ def test_a_folder_without_a_tokenizer_json(tmp_path: Path) -> None:
     with ErtFile.open(tmp_path / "m.ert") as file:
         found = Tokenizer(file.tokenizer_json() or b"")
     assert found.encode("ab<tool>") == [1, 4, 3, 8]
+
+
+def test_a_long_token_with_a_wrong_id_is_one_short_line(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    tiny_models.write_folder(folder, "llama_gqa_tied")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(model())
+    (folder / "added_tokens.json").write_text(json.dumps({"<\n" + "long" * 1000: -1}))
+    with pytest.raises(ConversionError, match="expected a whole number >= 0") as caught:
+        edgert.convert(folder, tmp_path / "m.ert")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000

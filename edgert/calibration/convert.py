@@ -20,6 +20,7 @@ from edgert.config import Quant, QuantSpec
 from edgert.converters import ConversionReport, Progress
 from edgert.converters.budget import Choice, assign
 from edgert.converters.hottest_first import Firing
+from edgert.converters.hub import local
 from edgert.converters.neurons import Sparsity
 from edgert.errors import ConversionError, OptionError
 from edgert.format import ErtFile
@@ -56,23 +57,25 @@ def convert(
     model; the report says what it would be. Raises what `converters.convert` raises, and UsageError for
     the text.
     """
-    if bits is not None:
-        if quant is not None:
-            raise OptionError(f"quant is {quant} and bits {bits}; both say how matrices are stored, give one")
-        return _within(
-            Path(source), Path(out), bits, embedding, progress, exits, sparsity, calibrate, dry_run
-        )
-    if embedding is not None:
+    if bits is not None and quant is not None:
+        raise OptionError(f"quant is {quant} and bits {bits}; both say how matrices are stored, give one")
+    if bits is None and embedding is not None:
         raise OptionError(f"embedding is {embedding} without bits; expected quant=QuantSpec(...)")
-    if calibrate is None or dry_run:  # a share of zeros without a text is refused there
+    if bits is None and (calibrate is None or dry_run):  # a share of zeros without a text is refused there
         return converters.convert(
             source, out, quant, progress, exits=exits, sparsity=sparsity, dry_run=dry_run
         )
-    with (
-        _reference(Path(source), Path(out), exits) as file,
-        closing(TextCalibration(file, Path(calibrate), zeros=_share(sparsity))) as c,
-    ):
-        return converters.convert(source, out, quant, progress, exits=exits, sparsity=sparsity, calibration=c)
+    with local(source, progress=progress) as path:
+        if bits is not None:
+            return _within(path, Path(out), bits, embedding, progress, exits, sparsity, calibrate, dry_run)
+        assert calibrate is not None
+        with (
+            _reference(path, Path(out), exits) as file,
+            closing(TextCalibration(file, Path(calibrate), zeros=_share(sparsity))) as c,
+        ):
+            return converters.convert(
+                path, out, quant, progress, exits=exits, sparsity=sparsity, calibration=c
+            )
 
 
 def _within(

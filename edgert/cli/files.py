@@ -43,7 +43,7 @@ class SparsityType(click.ParamType[Sparsity]):
 
 
 @click.command("convert")
-@click.argument("source", type=FILE)
+@click.argument("source")
 @click.option(
     "-o",
     "--output",
@@ -102,7 +102,7 @@ class SparsityType(click.ParamType[Sparsity]):
 @click.option("--dry-run", is_flag=True, help="Print the plan, sizes and memory; write no model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def convert_command(
-    source: Path,
+    source: str,
     output: str,
     quant: Quant | None,
     layer: int | None,
@@ -117,13 +117,17 @@ def convert_command(
 ) -> None:
     """Convert a Hugging Face model folder, a GGUF file or an ONNX model to one .ert file.
 
+    SOURCE may also be a model's name on the Hugging Face Hub, as hf://ORG/NAME, hf://ORG/NAME@REVISION, or
+    hf://ORG/NAME/FILE.gguf. A download that was cut goes on where it stopped, when the same is asked again;
+    files are kept in HF_HOME; --dry-run fetches headers alone.
+
     With --split, SOURCE may be an .ert file, and two files are written: the layers before LAYER with the
     exits among them, for the board, and the rest, for `edgert cloud`.
     """
     outputs = output.split(",") if layer is not None else [output]
     if layer is not None and len(outputs) != 2:
         raise UsageError(f"-o is {output!r}; with --split expected two files: -o edge.ert,cloud.ert")
-    if layer is not None and source.suffix == ".ert" and (quant is not None or exits is not None):
+    if layer is not None and Path(source).suffix == ".ert" and (quant is not None or exits is not None):
         wrong = "--exits" if quant is None else "--quant"
         raise UsageError(f"{wrong} does not apply to an .ert file, whose tensors are copied as they are")
     if layer is not None and calibrate is not None:
@@ -133,7 +137,7 @@ def convert_command(
     if verify:
         if layer is not None or dry_run:
             raise UsageError("--verify runs the converted model; it does not go with --split or --dry-run")
-        check_source(source)
+        check_source(Path(source))
     if embeddings is not None and quant is None and bits is None:
         raise UsageError("--embeddings says how one matrix is stored; give --quant or --bits for the others")
     types: Quant | QuantSpec | None = quant
@@ -168,7 +172,7 @@ def convert_command(
     cost = None
     if isinstance(sparsity, float) and layer is None and calibrate is not None and not dry_run:
         cost = sparsity_cost(Path(output), calibrate)
-    verified = verify_conversion(source, reports[0]) if verify else None
+    verified = verify_conversion(Path(source), reports[0]) if verify else None
     if as_json:
         rows = [_report_json(report) for report in reports]
         if verified is not None:
