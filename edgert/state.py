@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgert.config import QUANTS, EngineConfig, ModelSpec
 from edgert.format import ErtFile, StoredTensor
-from edgert.format.tensors import expert_name, neurons_name
+from edgert.format.tensors import expert_name, neurons_name, stand_in_name
 from edgert.kernels import packing
 from edgert.kernels.program import PATH, TOKEN_WORDS
 
@@ -78,9 +78,9 @@ class Weights:
         return table
 
     def expert_quants(self, layer: int) -> list[int]:
-        """The precision of each expert of a layer."""
-        names = (expert_name(layer, expert) for expert in range(self.spec.experts))
-        return [QUANTS.index(self.tensors[name].quant) for name in names]
+        """The precision of each expert of a layer, and of each stand-in that there is."""
+        names = (name(layer, e) for name in (expert_name, stand_in_name) for e in range(self.spec.experts))
+        return [QUANTS.index(self.tensors[name].quant) for name in names if name in self.tensors]
 
     @property
     def size(self) -> int:

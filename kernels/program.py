@@ -99,7 +99,7 @@ FIELDS = {
     ),
     SPARE: (
         *("x", "x_stride", "experts", "active", "chosen", "weights", "weights_stride", "table", "control"),
-        *("most", "near", "least"),
+        *("most", "near", "least", "below"),
     ),
     COMBINE: (
         *("x", "x_stride", "width", "y", "y_stride", "places", "active", "weights", "weights_stride"),

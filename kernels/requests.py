@@ -15,11 +15,11 @@ TABLE = 2
 """Words per segment: the byte of the pool where it lies, or ABSENT; and its precision."""
 ABSENT = -1
 
-NEWEST, FAILED, STEP, HITS, MISSES, WAITED, BELL, SWAPPED, DROPPED = range(9)
+NEWEST, FAILED, STEP, HITS, MISSES, WAITED, BELL, SWAPPED, DROPPED, STOOD_IN = range(10)
 CONTROL = 16
 """NEWEST: number of the last request; FAILED: the store gave up; STEP: of the caller, copied to requests;
 HITS, MISSES: segments that were there when asked for, or not; WAITED: nanoseconds the leader had nothing to
-do; BELL: the pipe that wakes the store; SWAPPED, DROPPED: of the approximations (kernels/sparing.py)."""
+do; BELL: the pipe that wakes the store; SWAPPED, DROPPED, STOOD_IN: of the approximations (sparing.py)."""
 RING = 64
 """Requests kept: the store reads each once for its statistics, and may be late by some layers."""
 GROUP, ROWS, STEP_OF, COUNT, AHEAD, HEAD = range(6)

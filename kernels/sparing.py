@@ -60,3 +60,25 @@ def spare(x, x_at, experts, active, near, least, table, first, chosen, chosen_at
     for r in range(active):
         weights[weights_at + r] *= scale
     return swapped, dropped
+
+
+@kernel(_twin.stand_in)
+def stand_in(x, x_at, experts, active, below, table, first, chosen, chosen_at, weights, weights_at):
+    """Let stand-ins take the place of some experts that are not in memory; gives for how many.
+
+    Member `experts + e` of the layer is a smaller copy of expert e. x, table and chosen as in `spare`, and
+    after it: such an expert has at most `below` of the probability of all chosen. The weights stay.
+    """
+    total = np.float32(0.0)
+    for r in range(active):
+        if weights[weights_at + r] > 0:  # else it was left out, and names the best expert once more
+            total += x[x_at + chosen[chosen_at + r]]
+    bar = np.float32(below) / np.float32(UNIT) * total
+    replaced = 0
+    for r in range(active):
+        e = chosen[chosen_at + r]
+        if table[first + e * TABLE] < 0 and x[x_at + e] <= bar:
+            chosen[chosen_at + r] = experts + e
+            if weights[weights_at + r] > 0:
+                replaced += 1
+    return replaced

@@ -42,12 +42,12 @@ from edgert.kernels.program import (
     WHOLE,
 )
 from edgert.kernels.quantize import quantize
-from edgert.kernels.requests import DROPPED, SWAPPED
+from edgert.kernels.requests import DROPPED, STOOD_IN, SWAPPED
 from edgert.kernels.rmsnorm import rmsnorm
 from edgert.kernels.rope import rope_table, rotate
 from edgert.kernels.routing import combine, group, route
 from edgert.kernels.row_sums import add, center
-from edgert.kernels.sparing import spare
+from edgert.kernels.sparing import spare, stand_in
 
 
 @inlined
@@ -219,13 +219,16 @@ def _route(c, t, f, routes):
 
 @inlined
 def _spare(c, t, table, f, routes):
-    experts, active, control = c[5], c[6], c[11]
+    experts, active, first, control = c[5], c[6], c[10], c[11]
     x, chosen, weights = c[3] + t * c[4], c[7] + t * active, c[8] + t * c[9]
-    swapped, dropped = spare(f, x, experts, active, c[13], c[14], table, c[10], routes, chosen, f, weights)
-    if swapped > 0:
+    if c[13] > 0 or c[14] > 0:
+        near, least = c[13], c[14]
+        swapped, dropped = spare(f, x, experts, active, near, least, table, first, routes, chosen, f, weights)
         atomics.fetch_add(table, control + SWAPPED, swapped)
-    if dropped > 0:
         atomics.fetch_add(table, control + DROPPED, dropped)
+    if c[15] > 0:
+        replaced = stand_in(f, x, experts, active, c[15], table, first, routes, chosen, f, weights)
+        atomics.fetch_add(table, control + STOOD_IN, replaced)
 
 
 @inlined

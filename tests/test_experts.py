@@ -208,6 +208,15 @@ def test_idle_work_is_offered_only_while_experts_are_missing(weights: Weights, e
         assert not offered
 
 
+def test_whoever_always_has_other_work_does_not_keep_a_chunk_from_its_slots(
+    weights: Weights, expected: inputs.F32
+) -> None:
+    """Two slots do not hold what the chunk needs: only computing frees them for the rest."""
+    with streamed(weights, 2, Streaming(predictor="none")) as model:
+        model.waits.idle = lambda: True
+        inputs.same(feed(model, PIECES), expected)
+
+
 class Broken(Memory):
     """Fails at the reads whose number is in `fail`, with an error, too few bytes, or a wrong one."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import edgert
-from edgert.config import ModelSpec
+from edgert.config import ModelSpec, QuantSpec
 from edgert.errors import MemoryBudgetError, ModelFileError, OptionError
 from edgert.flash import Streaming
 from edgert.flash.source import direct_reads
@@ -32,11 +32,11 @@ def moe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "moe.ert"
 
 
-def budget(path: Path, slots: int) -> int:
+def budget(path: Path, slots: int, chunk: int | None = None) -> int:
     """Bytes of --ram that leave room for just so many experts."""
     with ErtFile.open(path) as file:
         experts = [page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert"]
-        config = plan(file.spec, file.size)
+        config = plan(file.spec, file.size, chunk=chunk)
         rest = file.size - sum(experts)
         fixed = BASE_BYTES + cache_bytes(file.spec, config) + buffer_bytes(file.spec, config)
         return fixed + rest + slots * max(experts)
@@ -151,10 +151,54 @@ def test_approximations_are_said_to_be_some(moe_file: Path) -> None:
         assert "approximate" not in model.generate("Once upon", max_tokens=2).stats
 
 
+def test_a_file_in_fewer_bits_stands_in_for_missing_experts(tmp_path: Path) -> None:
+    """With all of it standing in for all of the experts, the text is that of its experts."""
+    tiny_models.write_folder(tmp_path / "source", "mixtral_gqa_tied")
+    large, small = tmp_path / "large.ert", tmp_path / "small.ert"
+    edgert.convert(tmp_path / "source", large, quant="q8")
+    # The same file in all but its experts.
+    with ErtFile.open(large) as file:
+        each = {name: "q4" for name, tensor in file.tensors.items() if tensor.role == "expert"}
+    edgert.convert(tmp_path / "source", small, quant=QuantSpec("q8", "q8", each))
+    drawn = {"max_tokens": 24, "temperature": 2.0, "seed": 3}
+    choices = Streaming(stand_ins=str(small), stand_in_below=1.0, predictor="none")
+    with edgert.load(small) as model:
+        expected = model.generate("Once upon", **drawn)
+    with edgert.load(large) as model:
+        assert model.generate("Once upon", **drawn).tokens != expected.tokens
+    with edgert.load(large, ram=budget(large, 3, 1), streaming=choices, chunk=1) as model:
+        found = model.generate("Once upon", **drawn)
+    assert found.tokens == expected.tokens
+    assert found.stats["approximate"] is True
+    assert found.stats["experts_stood_in"] == found.stats["expert_hits"] + found.stats["misses"]
+    few = Streaming(stand_ins=str(small), stand_in_below=0.4)
+    with edgert.load(large, ram=budget(large, 3, 1), streaming=few, chunk=1) as model:
+        stats = model.generate("Once upon", **drawn).stats
+    assert 0 < stats["experts_stood_in"] < stats["expert_hits"] + stats["misses"]
+
+
+def test_stand_ins_of_another_model_or_of_more_bits_are_refused(tmp_path: Path, moe_file: Path) -> None:
+    tiny_models.write_folder(tmp_path / "source", "mixtral_window_odd_sizes")
+    own, larger, other = tmp_path / "own.ert", tmp_path / "larger.ert", tmp_path / "other.ert"
+    edgert.convert(tmp_path / "source", own, quant="q4")
+    edgert.convert(tmp_path / "source", larger, quant="q8")
+    tiny_models.write_folder(tmp_path / "another", "mixtral_gqa_tied")
+    edgert.convert(tmp_path / "another", other, quant="q4")
+    for path, said in (
+        (larger, "larger than those of .*; convert the source in fewer bits"),
+        (other, "holds another model than .*; expected stand-ins for its experts"),
+        (tmp_path / "none.ert", "none.ert"),
+    ):
+        choices = Streaming(stand_ins=str(path), stand_in_below=0.5)
+        with pytest.raises(ModelFileError, match=said):
+            edgert.load(own, ram=budget(own, 9), streaming=choices)
+
+
 def test_choices_that_do_not_exist_are_refused() -> None:
     for wrong in (
         *({"policy": "fifo"}, {"predictor": "magic"}, {"prefetch": "off"}, {"pinned": 1.0}),
         *({"readers": 17}, {"readers": -1}, {"swap_near": 1.0}, {"drop_below": -0.1}),
+        *({"stand_in_below": 0.5}, {"stand_ins": "small.ert"}, {"stand_ins": "s.ert", "stand_in_below": 2}),
     ):
         with pytest.raises(OptionError, match="expected"):
             Streaming(**wrong)  # type: ignore[arg-type]

@@ -75,3 +75,45 @@ def test_a_missing_expert_of_little_weight_is_left_out_and_the_best_never() -> N
     assert tuple(sparing.spare(*arguments)) == (0, 1)
     assert arguments[8].tolist() == [0, 1, 0]  # 1 is there; 2 is not; 0 is the best
     np.testing.assert_allclose(arguments[10], np.array([8, 1, 0]) / 9 * 10 / 10.5, rtol=1e-6)
+
+
+def stand_in_case(odds: list[float], here: list[int], chosen: list[int], below: float) -> list[Any]:
+    """Arguments of stand_in: as `case`, with stand-ins for all experts; none of them is there."""
+    x, at, count, active, _, _, table, *rest = case(odds, here, chosen, 0, 0)
+    both = np.concatenate([table, np.full(2 * count, -1, np.int64)])
+    return [x, at, count, active, round(below * UNIT), both, *rest]
+
+
+@st.composite
+def stand_in_cases(draw: st.DrawFn) -> list[Any]:
+    count = draw(st.integers(1, 20))
+    active = draw(st.integers(1, min(8, count)))
+    odds = [2.0 ** -draw(st.integers(0, 9)) for _ in range(count)]
+    chosen = sorted(range(count), key=lambda e: (-odds[e], e))[:active]
+    here = draw(st.lists(st.integers(0, count - 1), unique=True))
+    arguments = stand_in_case(odds, here, chosen, draw(st.sampled_from([0.1, 0.4, 1.0])))
+    if draw(st.booleans()):  # the last was left out, in favour of the best
+        arguments[7][-1], arguments[9][-1] = arguments[7][0], np.float32(0)
+    return arguments
+
+
+@pytest.mark.compiled
+@inputs.some
+@given(stand_in_cases())
+def test_compiled_standing_in_equals_its_twin(arguments: list[Any]) -> None:
+    inputs.agree(sparing.stand_in, sparing_twin.stand_in, *arguments)
+
+
+def test_a_smaller_copy_stands_in_for_a_missing_expert_of_little_weight() -> None:
+    arguments = stand_in_case([8, 4, 2, 1, 1], here=[3], chosen=[0, 1, 2, 3], below=0.3)
+    weights = arguments[9].copy()
+    assert sparing.stand_in(*arguments) == 2
+    assert arguments[7].tolist() == [0, 5 + 1, 5 + 2, 3]  # 0 weighs too much, 3 is there
+    np.testing.assert_array_equal(arguments[9], weights)
+
+
+def test_what_was_left_out_goes_with_the_best() -> None:
+    arguments = stand_in_case([8, 4, 1], here=[], chosen=[0, 1, 0], below=0.5)
+    arguments[9][2] = 0
+    assert sparing.stand_in(*arguments) == 1
+    assert arguments[7].tolist() == [0, 3 + 1, 0]

@@ -1,17 +1,19 @@
 """Opening a file whose experts stay on flash: everything else is read into memory, and its mapping left."""
 
 import mmap
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from edgert.errors import ModelFileError, OptionError
 from edgert.experts.store import ExpertStore
-from edgert.flash import FileSource, Reading, Source, Streaming
+from edgert.flash import FileSource, Joined, Reading, Source, Streaming
 from edgert.flash.reading import Span, read_and_measure
 from edgert.format import ErtFile, StoredTensor
 from edgert.format.layout import page_padded
-from edgert.format.tensors import TOKENIZER
+from edgert.format.tensors import TOKENIZER, expert_name, stand_in_name
 from edgert.format.uses import uses_in
 from edgert.state import Weights
 
@@ -23,12 +25,10 @@ def open_streamed(
 
     A mapped file would count what was touched of it as resident, beyond the budget's control; what is
     read here is what the plan counted. It is read in several ways by turns, and the experts then in the
-    one that was fastest. Raises ModelFileError where a tensor cannot be read.
+    one that was fastest. Raises ModelFileError where a tensor cannot be read, and for stand-ins of another
+    model.
     """
-    try:
-        found = source or FileSource(file.path)
-    except OSError as error:
-        raise ModelFileError(f"{file.path} cannot be read ({error.strerror}); check its rights") from None
+    found = source or _opened(file.path)
     try:
         held = [t for t in file.tensors.values() if t.role != "expert" and t.name != TOKENIZER]
         memory = mmap.mmap(-1, sum(page_padded(t.nbytes) for t in held))
@@ -36,18 +36,61 @@ def open_streamed(
         reading, _ = read_and_measure(found, spans)
         if streaming.readers:
             reading = Reading(streaming.readers, reading.piece)
-        weights = Weights(file.spec, np.frombuffer(memory, np.uint8), dict(file.tensors) | tensors)
+        streamed = dict(file.tensors)
+        if streaming.stand_ins:
+            stand_ins = _stand_ins(Path(streaming.stand_ins), file)
+            found = Joined(found, _opened(Path(streaming.stand_ins)), page_padded(file.size))
+            streamed |= stand_ins
+        weights = Weights(file.spec, np.frombuffer(memory, np.uint8), streamed | tensors)
         uses = uses_in(file.metadata, file.spec) if streaming.pinned else None
         if streaming.pinned and uses is None:
             raise OptionError(
                 f"pinned is {streaming.pinned}, but {file.path} does not say which experts are used most; "
                 "convert the model with --calibrate, or pin none"
             )
-        store = ExpertStore(file.spec, file.tensors, found, slots, streaming, reading=reading, uses=uses)
+        store = ExpertStore(file.spec, streamed, found, slots, streaming, reading=reading, uses=uses)
     except BaseException:
         found.close()
         raise
     return weights, store
+
+
+def _opened(path: Path) -> Source:
+    try:
+        return FileSource(path)
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read ({error.strerror}); check its rights") from None
+
+
+def _stand_ins(path: Path, file: ErtFile) -> Mapping[str, StoredTensor]:
+    """The experts of another file of the same model, as stand-ins in bytes behind this one's."""
+    with ErtFile.open(path) as other:
+        same = other.spec == file.spec and all(
+            tensor.sha256 == other.tensors[name].sha256
+            for name, tensor in file.tensors.items()
+            if tensor.role in ("vector", "router")  # float32 in every file: the others differ with their bits
+        )
+        if not same:
+            raise ModelFileError(
+                f"{path} holds another model than {file.path}; expected stand-ins for its experts: convert "
+                "the same source in fewer bits"
+            )
+        largest = max(t.nbytes for t in other.tensors.values() if t.role == "expert")
+        if largest > max(t.nbytes for t in file.tensors.values() if t.role == "expert"):
+            raise ModelFileError(
+                f"{path} holds experts of up to {largest} bytes, larger than those of {file.path} they would "
+                "stand in for; convert the source in fewer bits"
+            )
+        return {
+            stand_in_name(layer, expert): replace(
+                tensor,
+                name=f"{tensor.name} in {path.name}",
+                offset=page_padded(file.size) + tensor.offset,
+            )
+            for layer in range(file.spec.layers)
+            for expert in range(file.spec.experts if file.spec.has_experts(layer) else 0)
+            for tensor in (other.tensors[expert_name(layer, expert)],)
+        }
 
 
 def _spans(held: list[StoredTensor], memory: memoryview) -> tuple[list[Span], dict[str, StoredTensor]]:

@@ -11,14 +11,15 @@ from edgert.flash import Index, Key, Reading, Segment, SegmentStore, Source, Str
 from edgert.flash.policy import make_policy
 from edgert.flash.predict import make_predictor
 from edgert.format import StoredTensor
-from edgert.format.tensors import expert_name
+from edgert.format.tensors import expert_name, stand_in_name
 from edgert.kernels import experts as kernel
 
 
 class ExpertStore(SegmentStore):
     """Streams the experts of one open model: a group is a layer, a member an expert.
 
-    tensors: those of the file, the experts' among them. uses [L, E]: how often the calibration text used
+    tensors: those of the file, the experts' among them; and the stand-ins', which are members too, each the
+    number of experts behind its own (kernels/sparing.py). uses [L, E]: how often the calibration text used
     each expert; None where the file does not say.
     """
 
@@ -35,13 +36,15 @@ class ExpertStore(SegmentStore):
         order: Callable[[list[int]], list[int]] = list,
     ) -> None:
         self.spec = spec
+        index = index_of(spec, tensors)
+        members = max(len(group) for group in index)
         super().__init__(
-            index_of(spec, tensors),
+            index,
             source,
             slots,
             streaming,
-            make_policy(streaming.policy, spec.layers, spec.experts),
-            make_predictor(streaming.predictor, spec.layers, spec.experts, spec.active_experts),
+            make_policy(streaming.policy, spec.layers, members),
+            make_predictor(streaming.predictor, spec.layers, members, spec.active_experts),
             reading or Reading(),
             order=order,
         )
@@ -63,7 +66,7 @@ class ExpertStore(SegmentStore):
     def report(self, before: Mapping[str, float]) -> dict[str, Any]:
         """What happened since `totals` gave `before`, for people and programs."""
         since = {name: value - before[name] for name, value in self.totals().items()}
-        spared = {name: since.pop(name) for name in ("swapped", "dropped")}
+        spared = {name: since.pop(name) for name in ("swapped", "dropped", "stood_in")}
         found = {"expert_hits": since.pop("hits"), **since}
         if not self.streaming.exact:  # what is said here is not what the model says
             found |= {"approximate": True, **{f"experts_{name}": count for name, count in spared.items()}}
@@ -76,14 +79,19 @@ class ExpertStore(SegmentStore):
 
 
 def index_of(spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> Index:
-    """Where each expert lies."""
+    """Where each expert lies, and behind a layer's experts their stand-ins, where there are any."""
 
     def segment(tensor: StoredTensor) -> Segment:
         kind = QUANTS.index(tensor.quant)
         return Segment(tensor.name, tensor.offset, tensor.nbytes, kind, tensor.sha256)
 
     return [
-        [segment(tensors[expert_name(layer, expert)]) for expert in range(spec.experts)]
+        [
+            segment(tensors[name(layer, expert)])
+            for name in (expert_name, stand_in_name)
+            for expert in range(spec.experts)
+            if name(layer, expert) in tensors
+        ]
         if spec.has_experts(layer)
         else []
         for layer in range(spec.layers)

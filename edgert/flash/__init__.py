@@ -3,7 +3,17 @@
 from edgert.flash.config import Streaming
 from edgert.flash.reading import Reading
 from edgert.flash.segments import Index, Key, Segment
-from edgert.flash.source import FileSource, Source
+from edgert.flash.source import FileSource, Joined, Source
 from edgert.flash.store import SegmentStore
 
-__all__ = ["FileSource", "Index", "Key", "Reading", "Segment", "SegmentStore", "Source", "Streaming"]
+__all__ = [
+    "FileSource",
+    "Index",
+    "Joined",
+    "Key",
+    "Reading",
+    "Segment",
+    "SegmentStore",
+    "Source",
+    "Streaming",
+]

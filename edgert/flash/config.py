@@ -32,6 +32,8 @@ class Streaming:
     # Approximations.
     swap_near: float = 0.0  # a missing expert gives way to one in memory with 1 - this of its probability
     drop_below: float = 0.0  # a missing expert with less than this share of a token's weight is left out
+    stand_in_below: float = 0.0  # one with no more than this share is read from `stand_ins`
+    stand_ins: str = ""  # an .ert file of the same model in fewer bits
 
     def __post_init__(self) -> None:
         checks = (
@@ -42,15 +44,17 @@ class Streaming:
             ("readers", self.readers in range(MOST_READERS + 1), f"0 (measured) or 1 to {MOST_READERS}"),
             ("swap_near", 0 <= self.swap_near < 1, "a share from 0 to below 1"),
             ("drop_below", 0 <= self.drop_below < 1, "a share from 0 to below 1"),
+            ("stand_in_below", 0 <= self.stand_in_below <= 1, "a share from 0 to 1"),
+            ("stand_ins", bool(self.stand_ins) == (self.stand_in_below > 0), "a file, with stand_in_below"),
         )
         for name, good, expected in checks:
             if not good:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; expected {expected}")
 
     @property
-    def spared(self) -> tuple[float, float]:
-        """`near` and `least` of kernels/sparing.py, as shares."""
-        return self.swap_near, self.drop_below
+    def spared(self) -> tuple[float, float, float]:
+        """`near`, `least` and `below` of kernels/sparing.py, as shares."""
+        return self.swap_near, self.drop_below, self.stand_in_below
 
     @property
     def exact(self) -> bool:

@@ -85,6 +85,7 @@ class Ring:
             "io_wait_s": float(at[words.WAITED]) * 1e-9,
             "swapped": int(at[words.SWAPPED]),
             "dropped": int(at[words.DROPPED]),
+            "stood_in": int(at[words.STOOD_IN]),
         }
 
     def _entry(self, number: int) -> NDArray[np.int64]:

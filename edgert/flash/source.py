@@ -77,6 +77,24 @@ class FileSource:
                 self._buffered = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
 
 
+class Joined:
+    """Two sources as one: the second begins at byte `behind`, which the first does not reach."""
+
+    def __init__(self, first: Source, second: Source, behind: int) -> None:
+        self._first, self._second, self._behind = first, second, behind
+
+    def read(self, offset: int, into: memoryview) -> int:
+        """See Source."""
+        if offset < self._behind:
+            return self._first.read(offset, into)
+        return self._second.read(offset - self._behind, into)
+
+    def close(self) -> None:
+        """Close both."""
+        self._first.close()
+        self._second.close()
+
+
 def direct_reads(folder: Path) -> bool:
     """Whether files in this folder can be read past the page cache."""
     probe = folder / f".edgert-direct-{os.getpid()}"

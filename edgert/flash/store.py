@@ -154,16 +154,16 @@ class SegmentStore:
 
     @property
     def arrived(self) -> bool:
-        """Whether all that the newest request needs is there, or will not come."""
-        return self._error is not None or not self._missing(self.ring.newest())
+        """Whether all that the newest request needs is there, or all that has room, or no more will come."""
+        return self._error is not None or self._short_of_slots or not self._missing(self.ring.newest())
 
     def wait(self) -> None:
-        """Without overlap, sleep until all that the newest request needs is there, or all that has room.
+        """Without overlap, sleep until it has arrived.
 
         With overlap it returns at once: the program computes what is there, and waits for the rest itself.
         """
         began = time.perf_counter()
-        while not (self.streaming.overlap or self.arrived or self._short_of_slots):
+        while not (self.streaming.overlap or self.arrived):
             self._sleep()
         self._blocked_s += time.perf_counter() - began
 

@@ -80,6 +80,11 @@ def expert_name(layer: int, expert: int) -> str:
     return f"layers.{layer}.experts.{expert}"
 
 
+def stand_in_name(layer: int, expert: int) -> str:
+    """A smaller copy of an expert, of another file of the same model."""
+    return f"{expert_name(layer, expert)}.stand_in"
+
+
 def neurons_name(layer: int) -> str:
     """The tensor that holds the up and down of a layer, neuron by neuron."""
     return f"layers.{layer}.neurons"

@@ -31,11 +31,12 @@ class Builder:
         config: EngineConfig,
         cache: KvCache,
         control: int | None = None,
-        spared: tuple[float, float] = (0.0, 0.0),
+        spared: tuple[float, float, float] = (0.0, 0.0, 0.0),
     ) -> None:
         spec, rows = weights.spec, config.chunk
         self.spec, self.weights, self.cache, self.config = spec, weights, cache, config
         self.control, self.spared = control, spared
+        self.members = spec.experts * (2 if spared[2] else 1)  # experts of a layer, and their stand-ins
         self.layout = layout = Layout()
         self.hidden = layout.rows(rows, spec.width)  # [T, D] the residual stream
         self.normed = layout.rows(rows, spec.width, quantized=True)  # [T, D]
@@ -64,7 +65,7 @@ class Builder:
         if spec.neurons:
             self.firing = Firing(spec, config, layout, weights.neurons(spec.first_layer).quant)
         if spec.experts:
-            self.routing = Routing(spec, rows, layout)
+            self.routing = Routing(spec, self.members, rows, layout)
         self.queries = layout.groups  # per thread: the heads of a call, rotated and quantised
         layout.groups += config.threads * MOST_HEADS * (padded(spec.head_dim) // 32)
         layout.groups += SPAN  # rows of up take the scales of x by spans, past the end of the last row

@@ -38,7 +38,8 @@ class Forward:
         if self.spec.learned_positions and config.context > self.spec.context:
             raise OptionError(f"context is {config.context}; this model has {self.spec.context} positions")
         self.cache = KvCache(self.spec, config)
-        control, spared = (store.ring.control, store.streaming.spared) if store else (None, (0.0, 0.0))
+        control = store.ring.control if store else None
+        spared = store.streaming.spared if store else (0.0, 0.0, 0.0)
         builder = Builder(weights, config, self.cache, control, spared)
         write_layer = layer_of(self.spec)
         builder.rope_tables()

@@ -91,7 +91,7 @@ def _route(b: Builder, index: int, x: Rows) -> None:
         _spare(b, index, b.control)
     b.add(
         program.GROUP,
-        experts=spec.experts,
+        experts=b.members,
         active=spec.active_experts,
         chosen=r.chosen,
         sources=r.sources,
@@ -116,7 +116,7 @@ def _route(b: Builder, index: int, x: Rows) -> None:
 def _spare(b: Builder, index: int, control: int) -> None:
     """Other experts for rows whose own are not in memory; a chunk of a prompt needs most of them anyway."""
     r, spec = b.routing, b.spec
-    near, least = (round(share * sparing.UNIT) for share in b.spared)
+    near, least, below = (round(share * sparing.UNIT) for share in b.spared)
     b.add(
         program.SPARE,
         x=r.logits.at,
@@ -126,11 +126,12 @@ def _spare(b: Builder, index: int, control: int) -> None:
         chosen=r.chosen,
         weights=r.weights.at,
         weights_stride=r.weights.stride,
-        table=index * spec.experts * TABLE,
+        table=index * b.members * TABLE,
         control=control,
         most=MOST_FORESEEN,
         near=near,
         least=least,
+        below=below,
     )
 
 
@@ -140,7 +141,7 @@ def _publish(b: Builder, index: int, control: int, ahead: int) -> None:
     b.add(
         program.PUBLISH,
         layer=index,
-        experts=spec.experts,
+        experts=b.members,
         active=spec.active_experts,
         chosen=r.chosen,
         weights=r.weights.at,
@@ -159,7 +160,7 @@ def _compute(b: Builder, index: int) -> None:
     unit = tiling.unit_blocks(int(record_bytes(max(b.weights.expert_quants(index)))) * r.routed.groups)
     b.add(
         program.EXPERTS,
-        table=index * spec.experts * TABLE,
+        table=index * b.members * TABLE,
         groups=r.routed.groups,
         blocks=-(-spec.expert_width // 16),
         inner=r.gate.groups,

@@ -9,12 +9,15 @@ MOST_FORESEEN = 4
 
 
 class Routing:
-    """One set for all layers. An entry is one token at one of its experts; there are T * k of them."""
+    """One set for all layers. An entry is one token at one of its experts; there are T * k of them.
 
-    def __init__(self, spec: ModelSpec, rows: int, layout: Layout) -> None:
-        active, experts = spec.active_experts, spec.experts
+    members: M, the experts of a layer and their stand-ins.
+    """
+
+    def __init__(self, spec: ModelSpec, members: int, rows: int, layout: Layout) -> None:
+        active = spec.active_experts
         entries = rows * active
-        self.logits = layout.rows(rows, experts)  # [T, E]
+        self.logits = layout.rows(rows, spec.experts)  # [T, E]
         self.weights = layout.rows(rows, active + 1)  # [T, k] and the weight of the shared expert
         self.routed = layout.rows(entries, spec.width, quantized=True)  # [T*k, D] in, then out
         self.gate = layout.rows(entries, spec.expert_width, quantized=True)  # [T*k, F]
@@ -22,9 +25,9 @@ class Routing:
         self.chosen = layout.integers(entries)  # [T, k] experts, best first
         self.sources = layout.integers(entries)  # [T*k] the row of each entry
         self.places = layout.integers(entries)  # [T, k] the entry of each choice
-        self.starts = layout.integers(experts + 1)  # [E + 1] the first entry of each expert
-        self.busy = layout.integers(experts + 1)  # the number of experts with entries, and these
-        self.counters = layout.integers(experts * COUNTERS)  # [E, COUNTERS] see kernels/experts.py
+        self.starts = layout.integers(members + 1)  # [M + 1] the first entry of each member
+        self.busy = layout.integers(members + 1)  # the number of members with entries, and these
+        self.counters = layout.integers(members * COUNTERS)  # [M, COUNTERS] see kernels/experts.py
         # What the layer before predicts: its own logits, choices and weights, as above.
         self.foreseen = Foreseen(spec, layout)
         self.shared = Shared(spec, rows, layout) if spec.shared_width else None

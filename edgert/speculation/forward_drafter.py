@@ -22,6 +22,8 @@ LEAST_STATED = 0.02
 """A guess below this probability is not made, unless it is the best."""
 BATCH = 8
 """Most nodes of one draft forward: rows that cost little more than one while weights are read."""
+_LEAST_AHEAD = 0.02
+"""Probability of a path that is still expanded while the target waits; trees hardly take others."""
 _FIRST_HIT = 0.6
 """Share of best guesses taken to come true before any was seen."""
 
@@ -67,8 +69,8 @@ class ForwardDrafter(ABC):
         return late
 
     def extend(self, tree: TokenTree) -> bool:
-        """Expand the most probable node, whatever it costs."""
-        batch = self._best(tree)[:1]
+        """Expand the most probable node, whatever it costs, as long as it may be of use."""
+        batch = [node for node in self._best(tree)[:1] if tree.logprobs[node] > np.log(_LEAST_AHEAD)]
         if batch:
             self._expand(tree, batch)
         return bool(batch)

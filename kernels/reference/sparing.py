@@ -27,6 +27,17 @@ def spare(x, x_at, experts, active, near, least, table, first, chosen, chosen_at
     return swapped, dropped
 
 
+def stand_in(x, x_at, experts, active, below, table, first, chosen, chosen_at, weights, weights_at):
+    """See kernels/sparing.py."""
+    picks = chosen[chosen_at : chosen_at + active]
+    used = weights[weights_at : weights_at + active] > 0
+    odds = x[x_at + picks]
+    bar = np.float32(below) / np.float32(1 << 20) * _sum(odds[used])
+    replaced = (table[first + 2 * picks] < 0) & (odds <= bar)
+    picks[replaced] += experts
+    return int((replaced & used).sum())
+
+
 def _sum(values):
     total = np.float32(0)
     for value in values:
