@@ -2,7 +2,7 @@
 
 Every line but the one that starts with '#' must be the same on every machine. The models are
 tiny random ones of `tests/tiny_models.py`, which differ in rope, head sharing, odd sizes and
-windows, and the bundled one.
+windows, and the bundled ones.
 """
 
 import hashlib
@@ -19,7 +19,8 @@ import numba
 import numpy as np
 
 import edgert
-from edgert.config import KV_TYPES, QUANTS, KvType
+from edgert.config import KV_TYPES, QUANTS, KvType, Quant
+from edgert.converters.neurons import Sparsity
 from edgert.kernels import target
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -27,6 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 import tiny_models
 
 NAMES = ("llama_rope_llama3", "qwen3_mqa_odd_sizes", "mistral_window_yarn_factor")
+QUANTS_OF_ANY_WIDTH = tuple(quant for quant in QUANTS if quant != "q4m")
+BUNDLED: tuple[tuple[str, Quant, Sparsity], ...] = (
+    ("target", "q4", "none"),
+    ("target", "q4", "exact"),  # neuron by neuron
+    ("target", "q4m", "none"),
+    ("moe", "q4", "none"),
+)
 TEXT_TOKENS, NEW_TOKENS = 40, 24  # together the smallest context of these models
 THREADS = (1, 2)
 STORY, STORY_TOKENS = "Once upon a time", 16
@@ -43,14 +51,15 @@ def main() -> None:
         for name in NAMES:
             source = Path(scratch) / name
             tiny_models.write_folder(source, name)
-            for quant in QUANTS:
+            for quant in QUANTS_OF_ANY_WIDTH:
                 file = Path(scratch) / f"{name}-{quant}.ert"
                 edgert.convert(source, file, quant)
                 print(f"{name} {quant} file={_digest(file.read_bytes())}", flush=True)
                 # The cache knows nothing of the weights: its types once.
                 for kv in KV_TYPES if quant == "q4" else KV_TYPES[:1]:
                     _tiny(f"{name} {quant}", file, kv)
-        _bundled(Path(scratch))
+        for bundled in BUNDLED:
+            _bundled(*bundled, Path(scratch))
 
 
 def _tiny(label: str, file: Path, kv: KvType) -> None:
@@ -64,18 +73,19 @@ def _tiny(label: str, file: Path, kv: KvType) -> None:
         _result(f"{label} kv={kv} threads={threads}", logits, tokens, began)
 
 
-def _bundled(scratch: Path) -> None:
-    """A story of the bundled target, and the logits along it."""
-    file = scratch / "target-q4.ert"
-    with resources.as_file(resources.files("edgert") / "assets" / "target") as source:
-        edgert.convert(source, file, "q4")
-    print(f"target q4 file={_digest(file.read_bytes())}", flush=True)
+def _bundled(name: str, quant: Quant, sparsity: Sparsity, scratch: Path) -> None:
+    """A story of a bundled model, and the logits along it."""
+    neurons = ",neurons" if sparsity == "exact" else ""
+    label, file = f"{name} {quant}{neurons}", scratch / f"{name}-{quant}{neurons}.ert"
+    with resources.as_file(resources.files("edgert") / "assets" / name) as source:
+        edgert.convert(source, file, quant, sparsity=sparsity)
+    print(f"{label} file={_digest(file.read_bytes())}", flush=True)
     for threads in THREADS:
         began = time.perf_counter()
         with edgert.load(file, threads=threads) as model:
             tokens = model.generate(STORY, max_tokens=STORY_TOKENS).tokens
             logits = model.logits([*model.tokenizer.encode(STORY), *tokens])
-        _result(f"target q4 kv=f16 threads={threads}", logits, tokens, began)
+        _result(f"{label} kv=f16 threads={threads}", logits, tokens, began)
 
 
 def _result(label: str, logits: np.ndarray, tokens: Sequence[int], began: float) -> None:

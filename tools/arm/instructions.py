@@ -2,7 +2,7 @@
 
 Usage: instructions.py [REQUIRED...]. Prints one line per kernel: its name, then
 instruction=count. Exits with 1 where an integer kernel lacks a required instruction:
-`instructions.py sdot` shows that both use it.
+`instructions.py sdot` shows that all use it.
 """
 
 import re
@@ -17,7 +17,7 @@ import numpy as np
 from edgert.kernels import jit, matmul, packing, target
 
 MULTIPLY = re.compile(r"^\s+(?:{vex} )?(\w*(?:dot|dpbusd|mmla|maddubsw|fml[as]|fn?m(?:add|sub)\w*))\s", re.M)
-INTEGER_KERNELS = ("matmul_q4", "matmul_q8")
+INTEGER_KERNELS = ("matmul_q4", "matmul_q8", "matmul_small")
 FLOAT_KERNELS = ("matmul_f16", "matmul_f32")
 
 
@@ -47,12 +47,14 @@ def counts(name: str) -> Counter[str]:
 
 def _arguments(name: str) -> list[Any]:
     """One block times one group times one row, all zeros: enough to compile a kernel."""
-    weights = np.zeros(packing.RECORD_BYTES[name.removeprefix("matmul_")], np.uint8)
+    quant = name.removeprefix("matmul_")
+    weights = np.zeros(packing.RECORD_BYTES["q4m" if quant == "small" else quant], np.uint8)
     y = np.zeros(packing.BLOCK, np.float32)
     if name in FLOAT_KERNELS:
         return [weights, 0, 1, 0, 1, 1, np.zeros(packing.GROUP, np.float32), 0, packing.GROUP, y, 0, y.size]
     x, scales, sums = np.zeros(packing.GROUP, np.int8), np.zeros(1, np.float32), np.zeros(1, np.int32)
-    return [weights, 0, 1, 0, 1, 1, x, scales, sums, 0, y, 0, y.size]
+    several = [0] if quant == "small" else []  # which of its types
+    return [*several, weights, 0, 1, 0, 1, 1, x, scales, sums, 0, y, 0, y.size]
 
 
 if __name__ == "__main__":
