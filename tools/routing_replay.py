@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.config import ModelSpec
 from edgert.experts import open_streamed
 from edgert.flash import Streaming
 from edgert.format import ErtFile, StoredTensor
@@ -51,14 +52,14 @@ def record(model: Path, text: Path, last: int, out: Path) -> dict[str, float]:
     finally:
         forward.close()
     k = spec.active_experts
-    picks = np.array(chosen, np.int16)
+    taken = np.array(chosen, np.int16)
     guesses = np.array([[g if len(g) == k else [-1] * k for g in row] for row in ahead], np.int16)
-    right = (guesses[:, 1:, :, None] == picks[:, 1:, None, :]).any(-1).mean()
-    again = (picks[1:, :, :, None] == picks[:-1, :, None, :]).any(-1).mean()
-    np.savez_compressed(out, chosen=picks, ahead=guesses, experts=spec.experts)
-    print(f"{len(picks)} tokens, {spec.layers} layers of {k} of {spec.experts} experts -> {out}")
+    right = (guesses[:, 1:, :, None] == taken[:, 1:, None, :]).any(-1).mean()
+    again = (taken[1:, :, :, None] == taken[:-1, :, None, :]).any(-1).mean()
+    np.savez_compressed(out, chosen=taken, ahead=guesses, experts=spec.experts)
+    print(f"{len(taken)} tokens, {spec.layers} layers of {k} of {spec.experts} experts -> {out}")
     print(f"of the last token again {again:.0%}, of the predictions right {right:.0%}", flush=True)
-    return {"tokens": len(picks), "again": float(again), "predicted": float(right)}
+    return {"tokens": len(taken), "again": float(again), "predicted": float(right)}
 
 
 class Replay:
@@ -103,27 +104,25 @@ class Replay:
         layers, experts = self._spec.layers, self._spec.experts
         for i in range(layers):
             for kind, bias in (("chosen", self.bias[i]), ("ahead", self.bias[layers + i])):
-                picks = self._picks(kind, token, i)
+                ours = picks(self._spec, self._trace, kind, token, i)
                 bias[:] = 0
-                bias[picks] = np.linspace(9, 8, len(picks), dtype=np.float32)
+                bias[ours] = np.linspace(9, 8, len(ours), dtype=np.float32)
         assert experts == len(self.bias[0])
 
-    def _picks(self, kind: str, token: int, layer: int) -> NDArray[np.int64]:
-        """Ours that stand for those of the trace."""
-        values = self._trace[kind]
-        tokens, layers, active = values.shape
-        theirs = int(self._trace["experts"])
-        wide = self._spec.experts // theirs
-        # Layers beyond the trace's own repeat its text from another place.
-        turn, own = divmod(layer, layers)
-        shift = turn * (tokens // max(1, self._spec.layers // layers))
-        picks = values[(token + shift) % tokens, own].astype(np.int64)
-        if picks[0] < 0:  # nothing is predicted for a first layer of the trace: what was there before
-            picks = (
-                values[(token + shift - 1) % tokens, own]
-                if kind == "chosen"
-                else self._trace["chosen"][(token + shift - 1) % tokens, own].astype(np.int64)
-            )
-        per = -(-self._spec.active_experts // active)
-        found = (picks[:, None] * wide + (np.arange(per) * (wide // per) + layer) % wide).reshape(-1)
-        return found[: self._spec.active_experts]
+
+def picks(
+    spec: ModelSpec, trace: dict[str, NDArray[np.int16]], kind: str, token: int, layer: int
+) -> NDArray[np.int64]:
+    """Experts of `spec` that stand for those which the trace says were "chosen", or predicted ("ahead")."""
+    values = trace[kind]
+    tokens, layers, active = values.shape
+    wide = spec.experts // int(trace["experts"])
+    # Layers beyond the trace's own repeat its text from another place.
+    turn, own = divmod(layer, layers)
+    shift = turn * (tokens // max(1, spec.layers // layers))
+    theirs = values[(token + shift) % tokens, own].astype(np.int64)
+    if theirs[0] < 0:  # nothing is predicted for a first layer of the trace: what was there before
+        theirs = trace["chosen"][(token + shift - 1) % tokens, own].astype(np.int64)
+    per = -(-spec.active_experts // active)
+    found = (theirs[:, None] * wide + (np.arange(per) * (wide // per) + layer) % wide).reshape(-1)
+    return found[: spec.active_experts]
