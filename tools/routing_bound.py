@@ -2,9 +2,9 @@
 
     python tools/routing_bound.py trace.npz --slots 142 --slots 446
 
-The trace is that of `tools/bench_experts.py`, widened to OLMoE-1B-7B's shape as there. The best cache knows the
-future: it gives up what is needed last (Belady, 1966), or does not keep what comes even later. lru is what
-edgert does by default. The first sixth of the tokens fills the cache and is not counted.
+The trace is that of `tools/bench_experts.py`, widened to OLMoE-1B-7B's shape as there. The best cache knows
+the future: it gives up what is needed last (Belady, 1966), or does not keep what comes even later. lru is
+what edgert does by default. The first sixth of the tokens fills the cache and is not counted.
 """
 
 import argparse
