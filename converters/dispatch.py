@@ -29,6 +29,7 @@ def convert(
     progress: Progress | None = None,
     *,
     exits: str | os.PathLike[str] | None = None,
+    predictor: str | os.PathLike[str] | None = None,
     calibration: Calibration | None = None,
     sparsity: Sparsity = "auto",
     dry_run: bool = False,
@@ -39,8 +40,8 @@ def convert(
     a name on the Hugging Face Hub (hub.py); `quant` is one name for all matrices ("f32", "f16", "q8", "q4")
     or a QuantSpec, by default q4 for a Hugging Face folder and else what the source has (q8 where ours has no
     like); `progress` is called after every slab; `exits` is a file of `edgert train exits` for a folder (by
-    default its own exits.safetensors, if it has one); `calibration` is what its matrices meet at work, for
-    less loss.
+    default its own exits.safetensors, if it has one), `predictor` one of `edgert train predictor`, which skips
+    gates and is not exact; `calibration` is what its matrices meet at work, for less loss.
     `sparsity` "exact" stores up and down neuron by neuron, so that neurons that do not fire are not read;
     "auto" does that where the activation is zero for many (ReLU and its like) and the model at least 512
     wide, "none" never; a number from 0 to 0.9 takes this share of the smallest activations for zero, which is
@@ -73,8 +74,9 @@ def _convert_local(
         raise ConversionError(f"{out}: found no folder {out.parent} to write to; make it first")
     if is_gguf or onnx is not None:
         kind = "a GGUF file" if is_gguf else "an ONNX model"
-        if exits is not None:
-            raise OptionError(f"exits is {exits}; expected none for {kind}, convert the model's folder")
+        for name, given in (("exits", exits), ("predictor", predictor)):
+            if given is not None:
+                raise OptionError(f"{name} is {given}; expected none for {kind}, convert the model's folder")
         if sparsity not in ("auto", "none"):
             raise OptionError(f"sparsity is {sparsity}; expected none for {kind}, convert the model's folder")
     if is_gguf:
@@ -86,6 +88,7 @@ def _convert_local(
         out,
         quant or "q4",
         exits=exits,
+        predictor=predictor,
         sparsity=sparsity,
         progress=progress,
         calibration=calibration,

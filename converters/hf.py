@@ -15,6 +15,7 @@ from edgert.converters.exits import EXITS_FILE, Exits, fingerprint, open_exits
 from edgert.converters.hf_config import HfConfig, parse_object, read_bytes, read_object, shown
 from edgert.converters.neurons import Sparsity, with_sparsity
 from edgert.converters.pipeline import Calibration, quant_spec, quants_of, write_model
+from edgert.converters.predictors import TrainedPredictors, open_predictors
 from edgert.converters.provenance import provenance
 from edgert.converters.quantize import scaled
 from edgert.converters.report import ConversionReport, Progress
@@ -22,6 +23,7 @@ from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor, open_
 from edgert.converters.sentencepiece import MODEL, tokenizer_of
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
 from edgert.format.exits import EXITS_KEY
+from edgert.format.predictors import PREDICTORS_KEY
 from edgert.format.tensors import iter_declared, matrices_in
 
 
@@ -57,6 +59,7 @@ def convert_hf(
     quant: Quant | QuantSpec = "q4",
     *,
     exits: str | os.PathLike[str] | None = None,
+    predictor: str | os.PathLike[str] | None = None,
     sparsity: Sparsity = "auto",
     progress: Progress | None = None,
     calibration: Calibration | None = None,
@@ -67,6 +70,7 @@ def convert_hf(
     sparsity: "exact" stores the feed-forward neuron by neuron, so that those that do not fire are not
     read; "auto" does so where many do not, "none" never.
     exits: the file of `edgert train exits`; None for the folder's own exits.safetensors, if it has one.
+    predictor: the file of `edgert train predictor`: gates are stored row by row, to be read where it says so.
     Everything that can be known without reading weights is checked before the first is written.
     Raises NotAModelError for a folder that holds no model, UnsupportedError for one that edgert
     cannot run, ConversionError for damaged files and a full disk, OptionError for `quant`.
@@ -80,9 +84,14 @@ def convert_hf(
         tensors, metadata = tensors | heads.tensors, metadata | {EXITS_KEY: heads.metadata}
         _check_tensors(decoder, tensors, folder)
     tokenizer = tokenizer_json_in(folder)
-    decoder = replace(
-        decoder, spec=with_sparsity(decoder.spec, quant.matrices, sparsity, calibration is not None)
-    )
+    foretold = _predictors(predictor, decoder, tensors)
+    ranks = foretold.ranks if foretold is not None else ()
+    calibrated = calibration is not None
+    decoder = replace(decoder, spec=with_sparsity(decoder.spec, quant.matrices, sparsity, calibrated, ranks))
+    if foretold is not None:
+        own = {decoder.source_name(name): tensor for name, tensor in foretold.tensors.items()}
+        tensors, metadata = tensors | own, metadata | {PREDICTORS_KEY: foretold.metadata}
+        _check_tensors(decoder, tensors, folder)
     weights = HfWeights(decoder, tensors)
     quants = quants_of(decoder.spec, quant)
     return write_model(
@@ -126,6 +135,16 @@ def _exits(
     if given is None and not path.is_file():
         return None
     return open_exits(path, decoder.spec, fingerprint(tensors[decoder.source_name("output_norm")]))
+
+
+def _predictors(
+    given: str | os.PathLike[str] | None, decoder: Decoder, tensors: dict[str, SourceTensor]
+) -> TrainedPredictors | None:
+    """Never from the folder by themselves, as exits are: they change what the model says."""
+    if given is None:
+        return None
+    model = fingerprint(tensors[decoder.source_name("output_norm")])
+    return open_predictors(Path(given), decoder.spec, model)
 
 
 def _decoder(folder: Path, tensors: dict[str, SourceTensor]) -> tuple[Decoder, dict[str, SourceTensor]]:

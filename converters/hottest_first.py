@@ -61,7 +61,7 @@ class HottestFirst:
     def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32] | Codes]:
         """A matrix in slabs of rows."""
         order, kind = self._order(name), name.split(".")[-1]
-        if order is None or kind not in ("gate", "up", "down"):
+        if order is None or kind not in ("gate", "up", "down", "predictor_out"):
             yield from self._source.rows(name, slab_rows)
             return
         slabs = (s.floats() if isinstance(s, Codes) else s for s in self._source.rows(name, slab_rows))
@@ -73,8 +73,10 @@ class HottestFirst:
             yield whole[order[start : start + slab_rows]]
 
     def vector(self, name: str) -> NDArray[np.float32]:
-        """A vector as it is: none of a layer with neurons runs along them."""
-        return self._source.vector(name)
+        """A vector; a predictor's bias is the only one that runs along neurons."""
+        order = self._order(name) if name.endswith(".predictor_out_bias") else None
+        values = self._source.vector(name)
+        return values if order is None else values[order]
 
     def stored_as(self, name: str) -> str:
         """The source's own name for the type of a tensor."""

@@ -14,7 +14,7 @@ from edgert.errors import OptionError
 from edgert.format import StoredTensor
 from edgert.format.tensors import matrices_in
 from edgert.kernels import neuron_packing
-from edgert.kernels.packing import GROUP
+from edgert.kernels.packing import BLOCK, GROUP
 
 SPARSE_ACTIVATIONS: Final = ("relu", "relu2")
 """Activations that are exactly zero for about half of all inputs, and for more in models trained so."""
@@ -38,11 +38,22 @@ class _Rows(Protocol):
     def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32] | Codes]: ...
 
 
-def with_sparsity(spec: ModelSpec, quant: Quant, sparsity: Sparsity, calibrated: bool = False) -> ModelSpec:
+def with_sparsity(
+    spec: ModelSpec,
+    quant: Quant,
+    sparsity: Sparsity,
+    calibrated: bool = False,
+    predictors: tuple[int, ...] = (),
+) -> ModelSpec:
     """The spec of a model stored neuron by neuron, where that is wanted; OptionError where it cannot be.
 
-    A share of zeros needs a calibration, which finds the threshold for it.
+    A share of zeros needs a calibration, which finds the threshold for it. predictors: the rank of each
+    layer's; with them neurons are wanted.
     """
+    if predictors:
+        if sparsity not in ("auto", "exact"):
+            raise OptionError(f"sparsity is {sparsity} with predictors; expected auto or exact")
+        sparsity = "exact"
     zeros = spec.activation in SPARSE_ACTIVATIONS
     if isinstance(sparsity, int | float):
         if not 0 < sparsity <= MOST_ZEROS:
@@ -67,7 +78,8 @@ def with_sparsity(spec: ModelSpec, quant: Quant, sparsity: Sparsity, calibrated:
             f"{' or '.join(SPARSE_ACTIVATIONS)} in {' or '.join(neuron_packing.QUANTS)}"
         )
     worth = sparsity != "auto" or spec.width >= LEAST_WIDTH
-    return replace(spec, neurons=zeros and fits and worth and sparsity != "none")
+    neurons = zeros and fits and worth and sparsity != "none"
+    return replace(spec, neurons=neurons, predictors=predictors if neurons else ())
 
 
 def neuron_clusters(
@@ -95,6 +107,23 @@ def neuron_clusters(
         yield packed
         done(tensor.name, packed.nbytes)
         at = rows.stop
+
+
+def single_rows(
+    tensor: StoredTensor,
+    source: _Rows,
+    distortion: Distortion,
+    done: Callable[[str, int], None],
+    errors_of: Callable[[str, str], Errors | None],
+) -> Iterator[NDArray[np.uint8]]:
+    """A matrix of single rows (the `rows1` layout), some at a time; errors_of as for `neuron_clusters`."""
+    _, width = tensor.shape
+    errors = errors_of(tensor.name, tensor.quant)
+    for slab in source.rows(tensor.name, max(1, SLAB_WEIGHTS // (width * BLOCK)) * BLOCK):
+        codes = _codes(slab, tensor.quant, tensor.name, distortion, errors)
+        packed = neuron_packing.pack_rows(tensor.quant, *codes)
+        yield packed
+        done(tensor.name, packed.nbytes)
 
 
 def _whole(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
 from edgert.converters.compensate import COMPENSATED, Errors, round_weights
 from edgert.converters.hottest_first import Firing, HottestFirst, sparsity_metadata
-from edgert.converters.neurons import neuron_clusters
+from edgert.converters.neurons import neuron_clusters, single_rows
 from edgert.converters.quantize import CODE_RANGE, Codes, Distortion, check_weights
 from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.errors import OptionError
@@ -191,6 +191,8 @@ def _write_tensor(
     distortion = Distortion()
     if tensor.role == "neurons":
         writer.write(tensor.name, neuron_clusters(tensor, source, distortion, tally.add, rounding.errors))
+    elif tensor.role == "rows":
+        writer.write(tensor.name, single_rows(tensor, source, distortion, tally.add, rounding.errors))
     elif matrices_in(tensor):
         writer.write(tensor.name, _records(tensor, source, distortion, tally, rounding))
     else:

@@ -25,6 +25,9 @@ GLOBAL_ROPE, LOCAL_ROPE, NO_ROPE = range(3)
 """Which rotary frequencies a layer takes, for ModelSpec.ropes."""
 
 
+MOST_RANK = 1 << 14
+"""Of a predictor: far more than one that is worth its reading has."""
+
 _OF_EXPERTS = (
     *("experts", "active_experts", "expert_width"),
     *("shared_width", "normalized_routing", "dense_layers"),
@@ -33,7 +36,7 @@ _OF_BLOCKS = (
     *("joint_qk_norm", "block", "shared_norm", "layer_norm", "norm_bias", "plain_ffn", "rotary", "ropes"),
     *("learned_positions", "alibi", "attention_cap", "logit_cap"),
 )
-_SPECIAL = ("part", "exits", "neurons", *_OF_EXPERTS, *_OF_BLOCKS)
+_SPECIAL = ("part", "exits", "neurons", "predictors", *_OF_EXPERTS, *_OF_BLOCKS)
 """Fields of ModelSpec that most files leave out, so that an older edgert still reads those."""
 
 
@@ -69,6 +72,7 @@ class ModelSpec:
     normalized_routing: bool = False  # the weights of a token's experts are divided by their sum
     dense_layers: tuple[int, ...] = ()  # of a model with experts: layers with a feed-forward instead
     neurons: bool = False  # up and down lie neuron by neuron, so that only those that fire are read
+    predictors: tuple[int, ...] = ()  # of neurons: per layer the rank of what foretells them; 0, (): none
     block: Block = "pre"  # where the norms of a layer are
     shared_norm: bool = False  # of a parallel block: one norm for attention and feed-forward
     layer_norm: bool = False  # LayerNorm instead of RMSNorm, but not in q and k
@@ -98,7 +102,7 @@ class ModelSpec:
         if extra:
             raise ValueError(f"unknown fields {sorted(extra)}")
         given = dict(values)
-        for name in ("windows", "eos_ids", "part", "exits", "dense_layers", "ropes"):
+        for name in ("windows", "eos_ids", "part", "exits", "dense_layers", "ropes", "predictors"):
             if name in given:
                 given[name] = tuple(given[name])
         return cls(**given)
@@ -143,9 +147,23 @@ class ModelSpec:
         self._check_experts()
         if self.neurons and (self.ffn_bias or self.experts or self.plain_ffn or self.block != "pre"):
             raise ValueError("neurons is true in a model with ffn_bias or another block, expected false")
+        self._check_predictors()
         ids = self.eos_ids if self.bos_id is None else (*self.eos_ids, self.bos_id)
         if any(type(i) is not int or not 0 <= i < self.vocab for i in ids):
             raise ValueError(f"bos_id and eos_ids are {ids}, expected ids below vocab {self.vocab}")
+
+    def _check_predictors(self) -> None:
+        ranks = self.predictors
+        if ranks and not self.neurons:
+            raise ValueError(f"predictors is {ranks!r} in a model without neurons, expected none")
+        if ranks and (len(ranks) != self.layers or not any(ranks)):
+            raise ValueError(f"predictors is {ranks!r} for {self.layers} layers, expected a rank for each")
+        if any(type(r) is not int or not 0 <= r <= MOST_RANK or r % 32 for r in ranks):
+            raise ValueError(f"predictors is {ranks!r}, expected multiples of 32 up to {MOST_RANK}")
+
+    def predictor(self, layer: int) -> int:
+        """The rank of a layer's predictor; 0 where it has none."""
+        return self.predictors[layer] if self.predictors else 0
 
     @property
     def first_layer(self) -> int:
@@ -261,7 +279,8 @@ class EngineConfig:
     sequences: int = 1  # how many the KV cache holds, each of `context` positions
     tiling: Tiling = Tiling()
     thresholds: tuple[float, ...] = ()  # per layer: activations below it are zero; () for none
-    exact: bool = False  # the thresholds are for drafts alone
+    predict: bool = False  # gates of neurons that the file's predictors take for silent are not read
+    exact: bool = False  # thresholds and predictors are for drafts alone
     expert_slots: int = 0  # experts held in memory while the others stay in the file; 0: all, mapped
 
 

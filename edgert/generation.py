@@ -71,7 +71,7 @@ class Generation:
         self._engine, self._turns, self._sampler = engine, turns, sampler
         store = engine.forward.store
         self._before = store.totals() if store else {}
-        self._fired = engine.forward.fired
+        self._fired, self._gated = engine.forward.fired, engine.forward.gated
         self._clock = _Clock()
         self._cached = engine.start(prompt, sampler)
         self._report = engine.report
@@ -124,9 +124,13 @@ class Generation:
         )
 
     def _firing(self) -> dict[str, Any]:
-        """Which share of the neurons was read, where they are read one by one."""
-        (fired, of), (fired_before, of_before) = self._engine.forward.fired, self._fired
-        return {"neurons_read": (fired - fired_before) / (of - of_before)} if of > of_before else {}
+        """Which share of the neurons was read, where they are read one by one, and of their gates."""
+        forward, found = self._engine.forward, {}
+        counts = (("neurons_read", forward.fired, self._fired), ("gates_read", forward.gated, self._gated))
+        for name, (read, of), (read_before, of_before) in counts:
+            if of > of_before:
+                found[name] = (read - read_before) / (of - of_before)
+        return found
 
     def _streamed(self) -> dict[str, Any]:
         """What the experts' store did for this generation."""

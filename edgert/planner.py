@@ -63,8 +63,10 @@ def buffer_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     row += len(spec.ropes_used) * spec.rotated
     row += spec.active_experts * (spec.width + 2 * spec.expert_width + 8) + spec.experts
     row += spec.width if spec.shared_width else 0
+    rank = max(spec.predictors, default=0)
+    row += rank + (spec.ffn_width if rank else 0)
     quantized = width - spec.width + spec.heads * spec.head_dim + inner
-    quantized += spec.active_experts * (spec.width + spec.expert_width)
+    quantized += spec.active_experts * (spec.width + spec.expert_width) + rank
     logits = MAX_OUTPUTS * (spec.vocab + (2 if spec.held_exits else 1) * spec.width)
     scratch = config.threads * MOST_HEADS * (config.context + spec.head_dim + 48)
     return 4 * (config.chunk * row + logits + scratch) + config.chunk * quantized * 5 // 4

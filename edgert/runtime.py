@@ -67,9 +67,10 @@ def load(
 
     streaming: how experts are read from the file where `ram` does not hold them all; None for defaults.
 
-    sparsity: of a file converted with a share of zeros, "auto" takes its small activations for zero, which
-    is not exact; "none" computes them. draft "sparse" makes up for it: the model with zeros guesses, and
-    what it would say without is what counts.
+    sparsity: of a file converted with a share of zeros, "auto" takes its small activations for zero, and of
+    one with predictors the neurons that they expect to be silent, which is not exact; "none" computes them.
+    draft "sparse" makes up for it: the model with zeros guesses, and what it would say
+    without is what counts.
 
     Raises ModelFileError for a file that cannot be used (ChecksumError for damaged tensors),
     MemoryBudgetError when it does not fit.
@@ -108,9 +109,10 @@ def load(
         draft_bytes=guesses.nbytes if guesses else 0,
         expert_bytes=tuple(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert"),
     )
-    if file.sparsity is not None and file.spec.neurons and sparsity == "auto":
+    if file.spec.neurons and sparsity == "auto":
         exact = guesses is not None and "sparse" in guesses.names
-        config = replace(config, thresholds=file.sparsity.thresholds, exact=exact)
+        thresholds = file.sparsity.thresholds if file.sparsity is not None else ()
+        config = replace(config, thresholds=thresholds, predict=bool(file.spec.predictors), exact=exact)
     if handoff is not None:
         return Model(file, config, make_decoder(file, handoff), streaming)
     return Model(file, config, guesses.decoder(file.spec) if guesses else None, streaming)

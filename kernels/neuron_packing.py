@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.kernels.packing import GROUP, RECORD_BYTES, unpack_scales, unpack_values
+from edgert.kernels.packing import BLOCK, GROUP, RECORD_BYTES, unpack_scales, unpack_values
 
 CLUSTER = 32
 """Neurons of a cluster: the group of down that shares its scales."""
@@ -60,6 +60,17 @@ class NeuronShape(NamedTuple):
 def stored_bytes(quant: str, neurons: int, width: int) -> int:
     """Bytes of the up and down of F neurons of width D."""
     return -(-neurons // CLUSTER) * NeuronShape.of(quant, width).cluster
+
+
+def rows_bytes(quant: str, rows: int, width: int) -> int:
+    """Bytes of the `rows1` layout: rows one by one, each as a row of up, padded to whole blocks of 16."""
+    return -(-rows // BLOCK) * BLOCK * NeuronShape.of(quant, width).up
+
+
+def pack_rows(quant: str, values: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:
+    """Rows as `pack_up`, and rows of zeros up to a whole block of 16."""
+    rows = pack_up(quant, values, scales)
+    return np.concatenate([rows, np.zeros((-len(rows) % BLOCK, rows.shape[1]), np.uint8)])
 
 
 def pack_up(quant: str, values: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:

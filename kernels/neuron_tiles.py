@@ -319,6 +319,20 @@ def nonzero(typing: Any, x: Any, at: Any) -> Any:
 
 
 @intrinsic
+def positive(typing: Any, x: Any, at: Any) -> Any:
+    """Which of 32 floats from x[at] are above zero: bit i for the i-th."""
+
+    def body(context: Any, builder: ir.IRBuilder, signature: Any, args: list[ir.Value]) -> ir.Value:
+        kind = ir.VectorType(ir.FloatType(), 32)
+        pointer = simd.element_pointer(context, builder, signature.args[0], args[0], args[1])
+        value = simd.load(builder, pointer, kind)
+        lanes = builder.fcmp_ordered(">", value, simd.constant(kind, 0.0))
+        return builder.zext(builder.bitcast(lanes, _I32), _I64)
+
+    return types.int64(x, types.int64), body
+
+
+@intrinsic
 def move_four(typing: Any, x: Any, x_at: Any, y: Any, y_at: Any) -> Any:
     """y[y_at : y_at + 4] = x[x_at : x_at + 4], int8."""
 

@@ -93,24 +93,25 @@ def list_live(g, g_at, stride, rows, width, routes, at):
 
 
 @kernel(_twin.add_up)
-def add_up(quant, w, w_at, groups, routes, first, count, x, x_at, xs, xn, s_at, f, work, y):
+def add_up(quant, w, w_at, scales, bundle, groups, routes, first, count, x, x_at, xs, xn, s_at, f, work, y):
     """f[y + n] += W_up[n] x for the up to 16 neurons n at routes[first : first + count]; more follow them.
 
+    The rows lie `bundle` bytes apart, with `scales` bytes before each 32 of them.
     x: spread int8 from x_at, with scales and sums from group s_at. Bit for bit the sums of `matmul`.
     work: 33 * 16 floats for every span.
     """
-    spans, _, scales, up, down = sizes(quant, groups)
+    spans = (groups + 15) // 16
     stride, factors = spans * 16, work + spans * 256
     for i in range(0, count, neuron_tiles.ROWS):
         here, sums, products = first + i, work + i * stride, factors + i * stride
-        a = _neuron(routes[here], w_at, scales, up + down)
-        b = _neuron(routes[here + 1], w_at, scales, up + down)
-        c = _neuron(routes[here + 2], w_at, scales, up + down)
-        d = _neuron(routes[here + 3], w_at, scales, up + down)
-        e = _neuron(routes[here + 4], w_at, scales, up + down)
-        g = _neuron(routes[here + 5], w_at, scales, up + down)
-        h = _neuron(routes[here + 6], w_at, scales, up + down)
-        j = _neuron(routes[here + 7], w_at, scales, up + down)
+        a = _neuron(routes[here], w_at, scales, bundle)
+        b = _neuron(routes[here + 1], w_at, scales, bundle)
+        c = _neuron(routes[here + 2], w_at, scales, bundle)
+        d = _neuron(routes[here + 3], w_at, scales, bundle)
+        e = _neuron(routes[here + 4], w_at, scales, bundle)
+        g = _neuron(routes[here + 5], w_at, scales, bundle)
+        h = _neuron(routes[here + 6], w_at, scales, bundle)
+        j = _neuron(routes[here + 7], w_at, scales, bundle)
         if quant == matmul.Q4:
             _rows_q4(w, x, xs, xn, f, a, b, c, d, spans, x_at, s_at, sums, products, stride, e, g, h, j)
         else:
@@ -181,14 +182,14 @@ def add_down(quant, w, w_at, groups, inner, first, last, xq, xs, xn, h_at, f, wo
 
 
 @kernel(_twin.block_of_up)
-def block_of_up(quant, w, w_at, groups, block, out, out_at):
-    """Neurons 16 * block .. + 15 of up as one block of rows16 from out[out_at], 16 groups for every span."""
-    spans, _, scales, up, down = sizes(quant, groups)
-    at = _neuron(block * 16, w_at, scales, up + down)
+def block_of_up(quant, w, w_at, scales, bundle, groups, block, out, out_at):
+    """Rows 16 * block .. + 15 as one block of rows16 from out[out_at], 16 groups for every span."""
+    spans = (groups + 15) // 16
+    at = _neuron(block * 16, w_at, scales, bundle)
     if quant == matmul.Q4:
-        _block_q4(w, out, at, up + down, spans, out_at)
+        _block_q4(w, out, at, bundle, spans, out_at)
     else:
-        _block_q8(w, out, at, up + down, spans, out_at)
+        _block_q8(w, out, at, bundle, spans, out_at)
 
 
 @kernel(_twin.slice_of_down)
@@ -215,7 +216,7 @@ def run_live(c, rows, f, xq, routes):
     if rows > MOST_ROWS:
         return -1
     spans = (groups + 15) // 16
-    for t in range(rows):
+    for t in range(rows if x >= 0 else 0):
         spread(xq, (x + t * groups) * 32, groups, xq, into * 32 + t * spans * 512)
     list_live(f, g, stride, rows, width, routes, at)
     return routes[at]
@@ -234,9 +235,10 @@ def run_up(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
     """16 neurons that fire, or 16 of all."""
     quant, w_at, groups, at, x, into = c[3], c[4], c[5], c[7], c[8], c[9]
     g, u, stride, work = c[10], c[11], c[12], c[13] + me * c[14]
+    _, _, scales, up, down = sizes(quant, groups)
     if rows > MOST_ROWS:
         out, n = me * c[15], unit * BATCH
-        block_of_up(quant, w, w_at, groups, unit, spare, out)
+        block_of_up(quant, w, w_at, scales, up + down, groups, unit, spare, out)
         for t in range(rows):
             f[u + t * stride + n : u + t * stride + n + BATCH] = np.float32(0.0)
         matmul.matmul(
@@ -257,8 +259,9 @@ def run_up(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
             f[row + routes[first + i]] = np.float32(0.0)
         spread_at = into * 32 + t * spans * 512
         add_up(
-            quant, w, w_at, groups, routes, first, count, xq, spread_at, xs, xn, x + t * groups, f, work, row
-        )
+            quant, w, w_at, scales, up + down, groups, routes, first, count, xq, spread_at, xs, xn,
+            x + t * groups, f, work, row,
+        )  # fmt: skip
         for i in range(count):
             n = routes[first + i]
             f[gated + n] *= f[row + n]

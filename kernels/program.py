@@ -36,7 +36,9 @@ COLUMNS = 24
     NEURONS_UP,
     NEURONS_DOWN,
     SPARE,
-) = range(19)
+    PREDICTED,
+    GATE_ROWS,
+) = range(21)
 TOKENS, OUTPUTS, CHOSEN, FORESEEN = range(4)
 """Rows of an operation: all tokens; the wanted ones, gathered from among them; those gathered before; or
 all tokens where the next layer's experts are to be predicted, else none."""
@@ -87,7 +89,12 @@ FIELDS = {
     PUBLISH: (
         *("layer", "experts", "active", "chosen", "weights", "weights_stride", "busy", "ahead", "control"),
     ),
-    ACTIVATE: ("kind", "g", "stride", "groups"),
+    ACTIVATE: ("kind", "g", "stride", "groups", "scores"),
+    PREDICTED: ("x", "groups", "spread", "scores", "stride", "width", "live"),
+    GATE_ROWS: (
+        *("quant", "w_at", "groups", "width", "live", "x", "spread", "g", "stride"),
+        *("scratch", "scratch_stride", "spare_stride", "most", "ahead"),
+    ),
     LIVE: ("x", "groups", "spread", "g", "stride", "width", "live"),
     NEURONS_UP: (
         *("quant", "w_at", "groups", "width", "live", "x", "spread", "g", "u", "stride"),
@@ -127,8 +134,11 @@ FIELDS = {
     GATHER      y[i] = x[t], quantised rows and, where asked, floats, for the entries i of row t
     EXPERTS     the experts of all entries, in place of their x (experts.py); no units
     COMBINE     x[t] += the weighted sum of the entries of row t
-    ACTIVATE    g[t] = act(g[t]), or 0 below the threshold            (real: threshold)
-    LIVE        which neurons' g is not zero, and x as NEURONS_UP takes it; one unit
+    PREDICTED   which neurons have a score above zero, and x as GATE_ROWS takes it; one unit (gate_rows.py)
+    GATE_ROWS   g[t] = W_gate x[t] for these neurons, or for all
+    ACTIVATE    g[t] = act(g[t]), or 0 below the threshold, or where the score is not above zero
+                                                                      (real: threshold)
+    LIVE        which neurons' g is not zero, and x as NEURONS_UP takes it where it is given; one unit
     NEURONS_UP  g[t] *= W_up x[t] for these neurons (neurons.py)
     NEURONS_DOWN  y[t] += W_down h[t], from the neurons whose h is not zero
 
@@ -136,11 +146,12 @@ Buffers hold one row per token at their stride. A row is padded with zeros to wh
 """
 
 # The job of one execution.
-FIRST, LAST, ROWS, WANTED, AHEAD, WHOLE, FIRED, NEURONS = range(8)
-JOB_WORDS = 8
+FIRST, LAST, ROWS, WANTED, AHEAD, WHOLE, FIRED, NEURONS, GATES, GATED = range(10)
+JOB_WORDS = 10
 """FIRST, LAST: operations; ROWS: tokens; WANTED: output rows; AHEAD: rows for which
-experts are predicted; WHOLE: positions below it keep activations under the threshold;
-FIRED, NEURONS: counted on, the neurons that were computed and those there were where single ones could be."""
+experts are predicted; WHOLE: positions below it keep activations under the threshold and
+neurons that are predicted to be silent; FIRED, NEURONS: counted on, the neurons that were computed and those
+there were where single ones could be; GATES, GATED: of these the gates, where they are predicted."""
 
 # Rows of the int64 array that describes the tokens of a forward.
 TOKEN, POSITION, SLOT, SEQUENCE, DIRECT, OUTPUT = range(6)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from edgert.kernels import atomics, matmul, neurons
+from edgert.kernels import atomics, gate_rows, matmul, neurons
 from edgert.kernels import kv as kv_cache
 from edgert.kernels.activation import gate, soft_cap
 from edgert.kernels.attention import MOST_HEADS, attention, width
@@ -19,6 +19,9 @@ from edgert.kernels.program import (
     EXPERTS,
     FIRED,
     GATE,
+    GATE_ROWS,
+    GATED,
+    GATES,
     GATHER,
     GROUP,
     HEADS,
@@ -32,6 +35,7 @@ from edgert.kernels.program import (
     OUTPUTS,
     PATH,
     POSITION,
+    PREDICTED,
     PUBLISH,
     QUANTIZE,
     ROPE_TABLE,
@@ -201,12 +205,14 @@ GATE_GROUPS = 64
 
 @inlined
 def _activate(c, threshold, unit, f, rows, job):
-    kind, g, stride, groups = c[3], c[4], c[5], c[6]
+    kind, g, stride, groups, scores = c[3], c[4], c[5], c[6], c[7]
     pieces = (groups + GATE_GROUPS - 1) // GATE_GROUPS
     t, first = unit // pieces, unit % pieces * GATE_GROUPS
-    if rows[POSITION, t] < job[WHOLE]:
-        threshold = np.float32(0.0)
-    neurons.activate(kind, threshold, f, g + t * stride + first * 32, min(GATE_GROUPS, groups - first) * 32)
+    at, count = t * stride + first * 32, min(GATE_GROUPS, groups - first) * 32
+    whole = rows[POSITION, t] < job[WHOLE]
+    neurons.activate(kind, np.float32(0.0) if whole else threshold, f, g + at, count)
+    if scores >= 0 and not whole:
+        gate_rows.silence(f, g + at, scores + at, count)
 
 
 @inlined
@@ -237,6 +243,14 @@ def _live(c, count, f, xq, routes, job):
     if fired >= 0:
         job[FIRED] += fired
         job[NEURONS] += c[8]
+
+
+@inlined
+def _predicted(c, count, f, xq, routes, rows, job):
+    found = gate_rows.run_predicted(c, count, f, xq, routes, rows, job[WHOLE])
+    if count <= neurons.MOST_ROWS:
+        job[GATES] += found if found >= 0 else c[8]
+        job[GATED] += c[8]
 
 
 @inlined
@@ -292,7 +306,9 @@ def units_of(c, count, routes):
         return neurons.units_of_up(c, count, routes)
     if op == NEURONS_DOWN:
         return neurons.units_of_down(c)
-    if op == GROUP or op == PUBLISH or op == LIVE:
+    if op == GATE_ROWS:
+        return gate_rows.units_of_gate(c, routes)
+    if op == GROUP or op == PUBLISH or op == LIVE or op == PREDICTED:
         return 1
     if op == EXPERTS or (op == SPARE and count > c[12]):
         return 0
@@ -315,8 +331,12 @@ def run_unit(
         neurons.run_up(c, unit, count, me, w, f, xq, xs, xn, routes, spare, spare_view)
     elif op == NEURONS_DOWN:
         neurons.run_down(c, unit, count, me, w, f, xq, xs, xn, routes, spare, spare_view)
+    elif op == GATE_ROWS:
+        gate_rows.run_gate(c, unit, count, me, w, f, xq, xs, xn, routes, spare, spare_view)
     elif op == ACTIVATE:
         _activate(c, real, unit, f, rows, job)
+    elif op == PREDICTED:
+        _predicted(c, count, f, xq, routes, rows, job)
     elif op == LIVE:
         _live(c, count, f, xq, routes, job)
     elif op == NORM:

@@ -13,7 +13,7 @@ from edgert.config import ModelSpec
 from edgert.errors import ChecksumError, FormatError, ModelFileError, VersionError
 from edgert.format import ErtFile, ErtWriter, declared
 from edgert.format.header import MAX_HEADER
-from edgert.format.layout import PAGE
+from edgert.format.layout import PAGE, QUANTIZED
 from edgert.format.rules import Rule
 from edgert.format.validate import read_contents
 from edgert.format.verify import check, verify
@@ -34,13 +34,18 @@ EXPERTS = ModelSpec(
     dense_layers=(1,),
     exits=(1,),
 )
+PREDICTED = ModelSpec(
+    *("llama", 2, 8, 2, 1, 4, 16, 20, 64, 1e-5, "relu"), exits=(1,), neurons=True, predictors=(32, 0)
+)
+WORTH = {"perplexity": [5, 6], "recall": [0.9, 0], "predicted": [0.2, 0], "firing": [0.1, 0]}
 Q, NORM = "layers.0.q", "output_norm"  # a matrix and a vector to damage
 
 
 def valid_bytes(folder: Path, spec: ModelSpec = SPEC) -> bytes:
     path = folder / "valid.ert"
-    quants = {decl.name: "q4" for decl in declared(spec) if decl.role in ("matrix", "expert")}
-    with ErtWriter(path, spec, quants, b'{"a":1}', METADATA) as writer:
+    quants = {decl.name: "q4" for decl in declared(spec) if decl.role in QUANTIZED}
+    said = METADATA | ({"predictors": json.dumps(WORTH)} if spec.predictors else {})
+    with ErtWriter(path, spec, quants, b'{"a":1}', said) as writer:
         for name, tensor in writer.tensors.items():
             if tensor.role != "bytes":
                 writer.write(
@@ -139,6 +144,11 @@ def firing(**values: object) -> Damage:
         "firing": [[0, 0.1, 0.2, 0.3, 1]] * SPEC.layers,
     }
     return metadata("sparsity", json.dumps(sound | values))
+
+
+def worth(**values: object) -> Damage:
+    """What predictors are worth, in a model of as many layers as PREDICTED."""
+    return metadata("predictors", json.dumps(WORTH | values))
 
 
 def with_length(length: int) -> Damage:
@@ -292,6 +302,9 @@ CASES: list[tuple[Rule, str, Damage]] = [
     (Rule.SPARSITY, "negative-threshold", firing(thresholds=[-0.1] * SPEC.layers)),
     (Rule.SPARSITY, "more-zeros-than-all", firing(zeros=[1.5] * SPEC.layers)),
     (Rule.SPARSITY, "a-quantile-short", firing(firing=[[0, 0.1, 0.2, 1]] * SPEC.layers)),
+    (Rule.PREDICTORS, "of-none", metadata("predictors", json.dumps(WORTH))),
+    (Rule.SPEC, "of-no-neurons", spec(predictors=[32, 0])),
+    (Rule.SPEC, "ranks-are-a-number", spec(predictors=32)),
 ]
 
 
@@ -352,6 +365,44 @@ def test_a_damaged_file_with_experts_breaks_exactly(
     with pytest.raises(FormatError) as caught:
         ErtFile.open(path)
     assert caught.value.rule == rule.value
+
+
+@pytest.mark.parametrize(
+    ("rule", "damage"),
+    [
+        pytest.param(rule, damage, id=label)
+        for rule, label, damage in (
+            (Rule.PREDICTORS, "stranger", worth(more=1)),
+            (Rule.PREDICTORS, "perplexity-below-one", worth(perplexity=[0.5, 6])),
+            (Rule.PREDICTORS, "a-layer-short", worth(recall=[0.9])),
+            (Rule.PREDICTORS, "more-than-all", worth(predicted=[1.5, 0])),
+            (Rule.PREDICTORS, "no-worth", metadata("predictors", "{}")),
+            (Rule.TABLE_LAYOUT, "no-rank", spec(predictors=[])),
+            (Rule.TABLE_LAYOUT, "more-ranks", spec(predictors=[32, 32])),
+            (Rule.TABLE_SHAPE, "another-rank", spec(predictors=[64, 0])),
+            (Rule.SPEC, "odd-rank", spec(predictors=[33, 0])),
+            (Rule.SPEC, "negative-rank", spec(predictors=[-32, 32])),
+            (Rule.SPEC, "huge-rank", spec(predictors=[1 << 30, 0])),
+            (Rule.SPEC, "a-rank-short", spec(predictors=[32])),
+            (Rule.TABLE_LAYOUT, "as-whole-matrix", edit("table", "layers.0.gate", "layout", "rows16")),
+            (Rule.TABLE_QUANT, "as-float", edit("table", "layers.0.gate", "quant", "f16")),
+        )
+    ],
+)
+def test_a_damaged_file_with_predictors_breaks_exactly(rule: Rule, damage: Damage, tmp_path: Path) -> None:
+    draft = Draft(valid_bytes(tmp_path, PREDICTED))
+    blob = damage(draft)
+    (tmp_path / "damaged.ert").write_bytes(blob if isinstance(blob, bytes) else draft.pack())
+    with pytest.raises(FormatError) as caught:
+        ErtFile.open(tmp_path / "damaged.ert")
+    assert caught.value.rule == rule.value
+
+
+def test_a_file_with_predictors_opens(tmp_path: Path) -> None:
+    (tmp_path / "sound.ert").write_bytes(valid_bytes(tmp_path, PREDICTED))
+    with ErtFile.open(tmp_path / "sound.ert") as file:
+        assert file.spec.predictors == (32, 0)
+        assert file.tensors["layers.1.gate"].layout == "rows16"
 
 
 def test_a_file_with_experts_opens_and_each_is_one_span(valid_experts: bytes, tmp_path: Path) -> None:

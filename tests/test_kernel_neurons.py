@@ -67,6 +67,12 @@ def live_list(case: Case) -> Any:
     return np.concatenate([[99], chosen if chosen.size else [0], [0] * neurons.ROWS_AHEAD]).astype(np.int64)
 
 
+def parts_of_a_cluster(case: Case) -> tuple[int, int]:
+    """Bytes before its neurons, and of one."""
+    shape = NeuronShape.of(case.quant, case.width)
+    return shape.scales, shape.up + shape.down
+
+
 def up_arguments(case: Case) -> list[Any]:
     spans = NeuronShape.of(case.quant, case.width).spans
     spread = np.zeros((spans + 1) * 512, np.int8)
@@ -80,6 +86,7 @@ def up_arguments(case: Case) -> list[Any]:
             case.number,
             case.w,
             W_AT,
+            *parts_of_a_cluster(case),
             case.groups,
             listed,
             1,
@@ -124,8 +131,8 @@ def test_a_row_of_up_gives_what_the_whole_matrix_gives(quant: str, shape: Any) -
     arguments = up_arguments(case)
     neurons.add_up(*arguments)
     expected = case.dense(case.up, case.x[: case.groups * 32], case.y[0, : case.inner * 32])
-    chosen = arguments[4][1 : -neurons.ROWS_AHEAD]
-    inputs.same(arguments[12][arguments[14] :][chosen], expected[chosen])
+    chosen = arguments[6][1 : -neurons.ROWS_AHEAD]
+    inputs.same(arguments[14][arguments[16] :][chosen], expected[chosen])
 
 
 @inputs.some
@@ -155,14 +162,14 @@ def test_compiled_neurons_equal_their_twins(quant: str, shape: Any) -> None:
     case = Case(quant, *shape)
     slices = NeuronShape.of(quant, case.width).slices
     for kernel, twin, arguments, y in (
-        (neurons.add_up, twins.add_up, up_arguments(case), 14),
+        (neurons.add_up, twins.add_up, up_arguments(case), 16),
         (neurons.add_down, twins.add_down, down_arguments(case, 0, slices), 13),
     ):
         ours = [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
         theirs = [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
         kernel(*ours)
         twin(*theirs)
-        f = 12 if y == 14 else 11
+        f = 14 if y == 16 else 11
         inputs.same(ours[f][ours[y] :], theirs[f][theirs[y] :])
 
 
@@ -174,7 +181,7 @@ def test_neurons_come_back_in_the_order_of_rows16(quant: str, shape: Any) -> Non
     up, down = PACK[quant](*case.up), PACK[quant](*case.down)
     for block in range(len(up)):
         out = np.zeros(4 + sizes.spans * 16 * size, np.uint8)
-        neurons.block_of_up(case.number, case.w, W_AT, case.groups, block, out, 4)
+        neurons.block_of_up(case.number, case.w, W_AT, *parts_of_a_cluster(case), case.groups, block, out, 4)
         # Rows past the last hold other bytes for a weight of 0 * scale 0 = 0.
         found = packing.unpack(quant, out[4 : 4 + case.groups * size], 16, case.width)
         assert np.array_equal(found, packing.unpack(quant, up[block].reshape(-1), 16, case.width))

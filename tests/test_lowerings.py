@@ -237,13 +237,14 @@ def neuron_sums(quant: str) -> Iterator[Any]:
             test_kernel_neurons.down_arguments(case, 0, sizes.slices),
         )
         neurons.add_up(*up)
-        yield up[12][up[14] :]
+        yield up[14][up[16] :]
         neurons.add_down(*down)
         yield down[11][down[13] :]
         size = packing.RECORD_BYTES[quant]
         out = np.zeros((sizes.spans * 16 + 8 * case.inner) * size, np.uint8)
         at = test_kernel_neurons.W_AT
-        neurons.block_of_up(case.number, case.w, at, case.groups, 1, out, 0)
+        bundle = sizes.scales, sizes.up + sizes.down
+        neurons.block_of_up(case.number, case.w, at, *bundle, case.groups, 1, out, 0)
         neurons.slice_of_down(
             case.number, case.w, at, case.groups, case.inner, 0, out, sizes.spans * 16 * size
         )

@@ -14,14 +14,14 @@ import edgert
 from edgert.config import QUANTS, EngineConfig, ModelSpec
 from edgert.converters.neurons import LEAST_WIDTH, with_sparsity
 from edgert.errors import FormatError, OptionError
-from edgert.format import ErtFile, StoredTensor, declared
-from edgert.format.layout import LAYOUT_OF, page_padded, stored_bytes
+from edgert.format import ErtFile
 from edgert.format.tensors import neurons_name
-from edgert.kernels import neuron_packing, packing
+from edgert.kernels import neuron_packing
 from edgert.model.forward import Forward
 from edgert.state import Weights
 from tests import kernel_inputs as inputs
 from tests import tiny_models
+from tests.neuron_weights import one_by_one
 
 CONTEXT = 80
 # Widths that fill no span, slice, block or cluster; a head for an exit on the way.
@@ -31,43 +31,6 @@ ODD = ModelSpec("mistral", 3, 172, 5, 1, 24, 45, 99, CONTEXT, 1e-5, "relu", exit
 SPECS = {"small": SMALL, "wide": WIDE, "odd": ODD}
 NAMES = ["small"] if numba.config.DISABLE_JIT else list(SPECS)
 ROWS = (1, 2, 9) if numba.config.DISABLE_JIT else (1, 2, 3, 8, 9, 20)
-
-
-def one_by_one(dense: Weights) -> Weights:
-    """The same weights, up and down neuron by neuron."""
-    spec = replace(dense.spec, neurons=True)
-    tensors: dict[str, StoredTensor] = {}
-    parts: list[Any] = []
-    at = 0
-    for decl in declared(spec):
-        if decl.role == "neurons":
-            up, down = (dense.tensors[decl.name.replace("neurons", name)] for name in ("up", "down"))
-            quant, data = (
-                up.quant,
-                neuron_packing.pack_clusters(up.quant, codes(dense, up), codes(dense, down)).reshape(-1),
-            )
-        else:
-            old = dense.tensors[decl.name]
-            quant, data = old.quant, dense.data[old.offset : old.offset + old.nbytes]
-        assert data.size == stored_bytes(decl.role, quant, decl.shape)
-        tensors[decl.name] = StoredTensor(
-            decl.name, decl.role, decl.shape, quant, LAYOUT_OF[decl.role], at, data.size, ""
-        )
-        parts += [data, np.zeros(page_padded(data.size) - data.size, np.uint8)]
-        at += page_padded(data.size)
-    data = np.concatenate(parts)
-    data.flags.writeable = False
-    return Weights(spec, data, tensors)
-
-
-def codes(weights: Weights, tensor: StoredTensor) -> tuple[Any, Any]:
-    """The integers [N, K] and the scales [N, groups] of a stored matrix."""
-    n, k = tensor.shape
-    blocks, groups = -(-n // 16), -(-k // 32)
-    data = weights.data[tensor.offset : tensor.offset + tensor.nbytes].reshape(blocks, groups, -1)
-    values = packing.unpack_values(tensor.quant, data).transpose(0, 2, 1, 3).reshape(blocks * 16, groups * 32)
-    scales = packing.unpack_scales(tensor.quant, data).transpose(0, 2, 1).reshape(blocks * 16, groups)
-    return values[:n, :k].astype(np.int8), scales[:n].astype(np.float16)
 
 
 @cache

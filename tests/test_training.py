@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 from edgert.training import run as training_run  # noqa: E402
 from edgert.training.draft import choose_shape  # noqa: E402
 from edgert.training.exits import Head, choose_layers  # noqa: E402
+from edgert.training.predictor import choose_ranks  # noqa: E402
 
 Cli = Callable[..., Outcome]
 MODEL = "llama_mqa_odd_sizes"  # three layers
@@ -285,3 +286,70 @@ def test_a_folder_without_a_tokenizer_is_refused(cli: Cli, text: Path, tmp_path:
     (tmp_path / "m" / "tokenizer.json").unlink()
     done = cli("train", "draft", tmp_path / "m", "--text", text, "-o", tmp_path / "d", *QUICK)
     assert done.status == 1 and done.err.count("\n") == 1 and "found no tokenizer.json" in done.err
+
+
+# ---- predictors ------------------------------------------------------------------------------
+
+
+def test_predictors_find_what_fires_and_the_file_does_as_they_say(
+    cli: Cli, text: Path, tmp_path: Path
+) -> None:
+    """Of a rank above the width, which is a copy of the gate: it expects what fires and hardly more."""
+    out, sparse = tmp_path / "p.safetensors", tmp_path / "model"
+    tiny_models.write_folder(sparse, "llama_relu2")
+    options = ("--rank", 64, "--recall", 0.9, "--steps", 20, "--every-layer", "--json", *QUICK)
+    done = cli("train", "predictor", sparse, "--text", text, "-o", out, *options)
+    assert done.status == 0, done.err
+    found = json.loads(done.out)
+    assert all(found["ranks"]) and not list(tmp_path.glob("*checkpoint*"))
+    for recall, firing, predicted in zip(found["recall"], found["firing"], found["predicted"], strict=True):
+        assert recall == pytest.approx(0.9, abs=0.05)  # on other documents
+        assert 0.3 < firing < 0.7 and predicted == pytest.approx(0.9 * firing, abs=0.1)
+    whole, predicted = found["perplexity"]
+    assert whole > 1 and predicted != whole
+    edgert.convert(sparse, tmp_path / "m.ert", "q8", predictor=out)
+    ids = tiny_models.tokens(40)
+    with ErtFile.open(tmp_path / "m.ert") as file:
+        assert list(file.spec.predictors) == found["ranks"]
+        config = EngineConfig(1, 64, 32, predict=True)
+        forward = Forward(Weights.of_file(file), config)
+        try:
+            forward.whole = 0
+            for token in ids:
+                forward.run([token])
+            read, of = forward.gated
+        finally:
+            forward.close()
+    assert read / of == pytest.approx(np.mean(found["predicted"]), abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--recall", "1"), "--recall is 1.0; expected a share"),
+        (("--rank", "8"), "--rank is 8; expected 32 to"),
+        (("-o", "p.bin"), "expected a name that ends in .safetensors"),
+        (("--recall", "0.999"), "found no layer in which predicting pays"),
+    ],
+)
+def test_predictors_that_cannot_be_are_refused(
+    options: tuple[str, ...], message: str, cli: Cli, text: Path, tmp_path: Path
+) -> None:
+    tiny_models.write_folder(tmp_path / "m", "llama_relu2")  # half of its neurons fire
+    arguments = ("train", "predictor", tmp_path / "m", "--text", text, "-o", tmp_path / "p.safetensors")
+    done = cli(*arguments, "--steps", 1, *QUICK, *options)
+    assert done.status == 2 and done.err.count("\n") == 1 and message in done.err, done.err
+
+
+def test_a_model_without_relu_has_no_use_for_predictors(
+    cli: Cli, folder: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "p.safetensors"
+    done = cli("train", "predictor", folder, "--text", text, "-o", out, "--steps", 1, *QUICK)
+    assert done.status == 2 and "has no use for predictors; expected gates with relu" in done.err, done.err
+
+
+def test_ranks_follow_what_fires() -> None:
+    spec = edgert.ModelSpec("llama", 3, 512, 8, 8, 64, 1024, 9, 9, 1e-5, "relu")
+    assert choose_ranks(spec, None, [0.1, 0.2, 0.3]) == (32, 64, 96)
+    assert choose_ranks(spec, 128, [0.1, 0.1, 1.6]) == (32, 32, 256)

@@ -1,11 +1,13 @@
 """What leaving out the neurons that do not fire gives, in time.
 
-    bench_sparsity.py shape [--shape NAME] [--zeros 0.85,0.6] [--layers N] [-t THREADS] [-r ROUNDS]
+    bench_sparsity.py shape [--shape NAME] [--zeros 0.85,0.6] [--predicted 2.1] [--rank R] [--layers N] [-t N]
     bench_sparsity.py model FOLDER [--quant q4] [-t THREADS] [-r ROUNDS]
     bench_sparsity.py quality FOLDER --calibrate TEXT --text TEXT [--last 200] [--shares 0.25,0.4,0.5,0.6]
 
 `shape`: random weights of a published shape, their gates planted so that a chosen share of the activations is
-zero: how often a neuron fires follows the family's target (FIRING). `model`: a Hugging Face model with ReLU,
+zero: how often a neuron fires follows the family's target (FIRING). With --predicted also with predictors,
+planted to expect so many times the neurons that fire, and those among them: only the time is that of
+a real one, of which `edgert inspect` says how many it expects. `model`: a Hugging Face model with ReLU,
 converted both ways; greedy generation must give the same tokens. Rounds are interleaved; medians are shown.
 `quality`: perplexity with ever more activations taken for zero, and what verification makes of it: the same
 greedy tokens as without, and how many are kept of a guess.
@@ -28,6 +30,7 @@ import numpy as np
 import edgert
 from edgert.config import EngineConfig
 from edgert.evaluate import evaluate, read_documents
+from edgert.format import StoredTensor
 from edgert.kernels import program
 from edgert.model.forward import Forward
 from edgert.model.shapes import random_weights, shape
@@ -54,21 +57,60 @@ def planted(weights: Weights, zeros: float) -> None:
     A random gate is about normal with a deviation of 1 before its row is scaled.
     """
     spec, rng = weights.spec, np.random.default_rng(7)
-    share, over = zip(*FIRING, strict=True)
     data = weights.data.view()
     data.flags.writeable = True
     for layer in range(spec.layers):
-        often = np.interp(rng.random(spec.ffn_width), share, over) * (1 - zeros)
+        often = how_often(rng, spec.ffn_width, 1 - zeros)
         # P(s N > 1) = p for s = 1 / quantile(1 - p)
         factors = np.array([1 / NormalDist().inv_cdf(1 - min(p, 0.49)) for p in often], np.float32)
-        tensor = weights.tensors[f"layers.{layer}.gate"]
-        groups = -(-spec.width // 32)
-        records = data[tensor.offset : tensor.offset + tensor.nbytes].reshape(-1, groups, 288)
-        scales = np.ascontiguousarray(records[:, :, -32:]).view(np.float16)  # [blocks, G, 16]
-        # Uniform nibbles have a mean: random signs of the groups take it out, and leave a deviation of 1.17.
-        signs = rng.choice(np.float32([-1, 1]), scales.shape) / np.float32(1.17)
-        scaled = (scales * signs * factors.reshape(-1, 1, 16)).astype(np.float16)
-        records[:, :, -32:] = scaled.view(np.uint8)
+        gate = weights.tensors[f"layers.{layer}.gate"]
+        rescale(rng, records_of(data, gate), factors)
+
+
+def foretold(weights: Weights, zeros: float, predicted: float) -> None:
+    """Predictors that expect `predicted` times as many neurons as fire, and gates that fire for 1 in so many.
+
+    Scores are normal around a bias: P(N + b > 0) = p for b = quantile(p). Given that it is expected, a neuron
+    fires with one probability for all: so each is expected and fires as often as FIRING says.
+    """
+    spec, rng = weights.spec, np.random.default_rng(7)
+    data = weights.data.view()
+    data.flags.writeable = True
+    fires = np.float32(1 / NormalDist().inv_cdf(1 - min(1 / predicted, 0.49)))
+    for layer in range(spec.layers):
+        often = how_often(rng, spec.ffn_width, (1 - zeros) * predicted)
+        bias = np.array([NormalDist().inv_cdf(p) for p in often.clip(1e-6, 1 - 1e-6)], np.float32)
+        name = f"layers.{layer}"
+        for tensor in (weights.tensors[f"{name}.predictor_{end}"] for end in ("in", "out")):
+            rescale(rng, records_of(data, tensor), np.ones(tensor.shape[0], np.float32))
+        gate, end = weights.tensors[f"{name}.gate"], weights.tensors[f"{name}.predictor_out_bias"]
+        rescale(rng, records_of(data, gate), np.full(spec.ffn_width, fires))
+        data[end.offset : end.offset + end.nbytes] = bias.view(np.uint8)
+
+
+def how_often(rng: np.random.Generator, neurons: int, mean: float) -> np.ndarray:
+    """How often each neuron fires, in the mean over them `mean`."""
+    share, over = zip(*FIRING, strict=True)
+    return np.interp(rng.random(neurons), share, over) * mean
+
+
+def records_of(data: np.ndarray, tensor: StoredTensor) -> np.ndarray:
+    """The float16 scales of a random matrix in q4, a view as its rows lie: [blocks, records, 16]."""
+    blocks = -(-tensor.shape[0] // 16)
+    records = data[tensor.offset : tensor.offset + tensor.nbytes].reshape(blocks, -1, 288)
+    return records[:, :, -32:].view(np.float16)
+
+
+def rescale(rng: np.random.Generator, scales: np.ndarray, factors: np.ndarray) -> None:
+    """Rows of a random matrix times `factors`, so that products with normal rows have these deviations.
+
+    Uniform nibbles have a mean: random signs of the groups take it out, and leave a deviation of 1.17.
+    """
+    signs = rng.choice(np.float32([-1, 1]), scales.shape) / np.float32(1.17)
+    blocks = len(scales)
+    padded = np.ones(blocks * 16, np.float32)
+    padded[: len(factors)] = factors
+    scales[:] = scales * signs * padded.reshape(blocks, 1, 16)
 
 
 def zeros_of(forward: Forward, tokens: list[int]) -> float:
@@ -116,6 +158,17 @@ def bench_shape(args: argparse.Namespace) -> dict:
             runs[name] = stack.enter_context(closing(Forward(weights, given)))
             runs[name].whole = 0  # the threshold makes the zeros that are planted, from the first token on
             shares[name] = zeros_of(runs[name], [5, 99, 1234])
+            if not args.predicted:
+                continue
+            ranks = (args.rank or spec.width // 8,) * spec.layers
+            weights = random_weights(replace(spec, predictors=ranks), "q4")
+            foretold(weights, zeros, args.predicted)
+            name = f"{name}, {args.predicted * (1 - zeros):.0%} expected"
+            runs[name] = stack.enter_context(closing(Forward(weights, replace(given, predict=True))))
+            runs[name].whole = 0
+            shares[name] = zeros_of(runs[name], [5, 99, 1234])
+            read, of = runs[name].gated
+            print(f"{name}: {read / of:.1%} of the gates read, rank {ranks[0]}", flush=True)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(args.rounds + 1):
             for name, forward in runs.items():
@@ -235,6 +288,8 @@ def main() -> None:
     sub.set_defaults(run=bench_shape)
     sub.add_argument("--shape", default="prosparse-llama-2-7b")
     sub.add_argument("--zeros", type=_numbers, default=[0.85, 0.6])
+    sub.add_argument("--predicted", type=float, help="neurons expected, for each that fires; 2.1 or more")
+    sub.add_argument("--rank", type=int, help="of the predictors; an eighth of the width by default")
     sub.add_argument("--layers", type=int, help="fewer layers than the shape has")
     sub = commands.add_parser("model", parents=[common])
     sub.set_defaults(run=bench_model)

@@ -50,9 +50,10 @@ NORM_BIASES: Final = {
 def source_name(name: str, own: Mapping[str, str] | None = None, layers: str = LAYERS) -> str:
     """The Hugging Face name of a tensor of `edgert.format.declared`, or of one matrix of an expert.
 
-    The same in the whole Llama family but for the names in `own`. Exit heads are ours and have one name.
+    The same in the whole Llama family but for the names in `own`. Exit heads and predictors are ours and have
+    one name.
     """
-    if name.startswith("exits."):
+    if name.startswith("exits.") or ".predictor_" in name:
         return name
     part, layer, expert = parts_of(name)
     known = _TOP_NAMES | _LAYER_NAMES | dict(own or {})

@@ -41,6 +41,7 @@ def convert(
     progress: Progress | None = None,
     *,
     exits: str | os.PathLike[str] | None = None,
+    predictor: str | os.PathLike[str] | None = None,
     sparsity: Sparsity = "auto",
     calibrate: str | os.PathLike[str] | None = None,
     bits: float | None = None,
@@ -59,11 +60,13 @@ def convert(
     """
     if bits is not None and quant is not None:
         raise OptionError(f"quant is {quant} and bits {bits}; both say how matrices are stored, give one")
+    if bits is not None and predictor is not None:
+        raise OptionError(f"predictor is {predictor} and bits {bits}; neurons one by one have one type")
     if bits is None and embedding is not None:
         raise OptionError(f"embedding is {embedding} without bits; expected quant=QuantSpec(...)")
     if bits is None and (calibrate is None or dry_run):  # a share of zeros without a text is refused there
         return converters.convert(
-            source, out, quant, progress, exits=exits, sparsity=sparsity, dry_run=dry_run
+            source, out, quant, progress, exits=exits, predictor=predictor, sparsity=sparsity, dry_run=dry_run
         )
     with local(source, progress=progress) as path:
         if bits is not None:
@@ -74,7 +77,14 @@ def convert(
             closing(TextCalibration(file, Path(calibrate), zeros=_share(sparsity))) as c,
         ):
             return converters.convert(
-                path, out, quant, progress, exits=exits, sparsity=sparsity, calibration=c
+                path,
+                out,
+                quant,
+                progress,
+                exits=exits,
+                predictor=predictor,
+                sparsity=sparsity,
+                calibration=c,
             )
 
 

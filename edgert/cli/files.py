@@ -20,6 +20,7 @@ from edgert.converters.neurons import SPARSITIES, Sparsity
 from edgert.errors import ConversionError, UsageError
 from edgert.format import ErtFile
 from edgert.format.exits import EXITS_KEY
+from edgert.format.predictors import PREDICTORS_KEY, Predictors
 from edgert.format.sparsity import SPARSITY_KEY, SparsityCalibration
 from edgert.format.verify import check
 from edgert.planner import BASE_BYTES, buffer_bytes, cache_bytes, plan
@@ -66,6 +67,12 @@ class SparsityType(click.ParamType[Sparsity]):
     help="Exit heads of `edgert train exits`. [default: exits.safetensors in SOURCE, if any]",
 )
 @click.option(
+    "--predictor",
+    type=FILE,
+    help="Predictors of `edgert train predictor`: gates of neurons that they expect to be silent are not "
+    "read. Not exact; says what it costs.",
+)
+@click.option(
     "--calibrate",
     type=FILE,
     metavar="TEXT",
@@ -107,6 +114,7 @@ def convert_command(
     quant: Quant | None,
     layer: int | None,
     exits: Path | None,
+    predictor: Path | None,
     calibrate: Path | None,
     bits: float | None,
     embeddings: Quant | None,
@@ -130,6 +138,8 @@ def convert_command(
     if layer is not None and Path(source).suffix == ".ert" and (quant is not None or exits is not None):
         wrong = "--exits" if quant is None else "--quant"
         raise UsageError(f"{wrong} does not apply to an .ert file, whose tensors are copied as they are")
+    if layer is not None and predictor is not None:
+        raise UsageError("--predictor does not go with --split: convert to one .ert file and split that")
     if layer is not None and calibrate is not None:
         raise UsageError("--calibrate does not go with --split: calibrate one .ert file and split that")
     if layer is not None and (bits is not None or embeddings is not None or dry_run):
@@ -158,6 +168,7 @@ def convert_command(
                 types,
                 progress,
                 exits=exits,
+                predictor=predictor,
                 sparsity=sparsity,
                 calibrate=calibrate,
                 bits=bits,
@@ -170,7 +181,8 @@ def convert_command(
                 source, layer, outputs[0], outputs[1], quant, progress, exits=exits, sparsity=sparsity
             )
     cost = None
-    if isinstance(sparsity, float) and layer is None and calibrate is not None and not dry_run:
+    approximate = isinstance(sparsity, float) or predictor is not None
+    if approximate and layer is None and calibrate is not None and not dry_run:
         cost = sparsity_cost(Path(output), calibrate)
     verified = verify_conversion(Path(source), reports[0]) if verify else None
     if as_json:
@@ -189,8 +201,14 @@ def convert_command(
         raise ConversionError(f"{output}: {verified}; report the source model, or do not use the file")
     if as_json:
         return
-    if cost is not None:
+    if predictor is not None and not dry_run:
+        with ErtFile.open(output) as opened:
+            assert opened.predictors is not None
+            print(f"gates are read where neurons are expected to fire: {opened.predictors.cost}")
+    if cost is not None and isinstance(sparsity, float):
         print(f"{sparsity:.0%} of the activations taken for zero: {cost}")
+    elif cost is not None:
+        print(f"with what the predictors miss: {cost}")
 
 
 def _report_json(report: ConversionReport) -> dict[str, Any]:
@@ -248,6 +266,14 @@ def _print_sparsity(sparsity: SparsityCalibration) -> None:
         print(f"    layer {layer:<3} {zeros:6.1%} zero{below}, neurons {often}")
 
 
+def _print_predictors(predictors: Predictors, ranks: tuple[int, ...]) -> None:
+    print(f"  predictors of firing neurons, {predictors.cost}")
+    for layer, rank in enumerate(ranks):
+        shares = (predictors.predicted[layer], predictors.firing[layer], predictors.recall[layer])
+        said = "expects {:.1%} of the neurons, {:.1%} fire, {:.1%} of these are expected".format(*shares)
+        print(f"    layer {layer:<3} " + (f"rank {rank}, {said}" if rank else "none: it would not pay"))
+
+
 @click.command("inspect")
 @click.argument("file", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -256,18 +282,20 @@ def inspect_command(file: Path, as_json: bool) -> None:
     with ErtFile.open(file) as opened:
         spec, metadata, size = opened.spec.to_json(), opened.metadata, opened.size
         tensors, exits, sparsity = list(opened.tensors.values()), opened.exits, opened.sparsity
+        predictors, ranks = opened.predictors, opened.spec.predictors
     if as_json:
         rows = [dataclasses.asdict(t) for t in tensors]
         heads = {layer: calibration.to_json() for layer, calibration in exits.items()}
         found = {"size_bytes": size, "spec": spec, "metadata": metadata, "exits": heads, "tensors": rows}
         found["sparsity"] = sparsity and sparsity.to_json()
+        found["predictors"] = predictors and predictors.to_json()
         print(json.dumps(found))
         return
     print(f"{file}: {size_text(size)}, {len(tensors)} tensors")
     for name, value in spec.items():
         print(f"  {name:<16} {value}")
     for name, text in metadata.items():
-        if name in (EXITS_KEY, SPARSITY_KEY):
+        if name in (EXITS_KEY, SPARSITY_KEY, PREDICTORS_KEY):
             continue  # shown below, for people
         line = " ".join(text.split())
         print(f"  {name:<16} {line if len(line) <= 70 else line[:67] + '...'}")
@@ -275,6 +303,8 @@ def inspect_command(file: Path, as_json: bool) -> None:
         print(f"  exit after {layer} layers, {trust_text(exit_)}")
     if sparsity is not None:
         _print_sparsity(sparsity)
+    if predictors is not None:
+        _print_predictors(predictors, ranks)
     for t in tensors:
         shape = " x ".join(map(str, t.shape))
         print(f"  {t.name:<28} {shape:<16} {t.quant:<4} {size_text(t.nbytes):>12}")

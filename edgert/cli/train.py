@@ -1,4 +1,4 @@
-"""`edgert train draft` and `edgert train exits`."""
+"""`edgert train draft`, `edgert train exits` and `edgert train predictor`."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgert.training.teacher import Teacher
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_DEFAULT_STEPS = {"draft": 3000, "exits": 500}
+_DEFAULT_STEPS = {"draft": 3000, "exits": 500, "predictor": 300}
 _LONG_STEPS = 300  # compiling takes as long as some ten to a hundred steps
 
 
@@ -48,7 +48,9 @@ def _training_options(function: Command) -> Command:
         ),
         click.option("--minutes", type=float, help="Stop after so long, in all."),
         click.option(
-            "--steps", type=click.IntRange(min=1), help="Stop after so many. [default: 3000, exits 500]"
+            "--steps",
+            type=click.IntRange(min=1),
+            help="Stop after so many. [default: 3000, exits 500, predictor 300]",
         ),
         click.option(
             "--held-out",
@@ -140,6 +142,50 @@ def exits_command(model: Path, output: Path, layers: str | None, as_json: bool, 
     for layer, exit_ in found.items():
         print(f"exit after {layer} of {teacher.spec.layers} layers, {trust_text(exit_)}")
     print(f"{output}: convert the model again with --exits {output}")
+
+
+@train_command.command("predictor", short_help="Which neurons will fire, so that others need not be read.")
+@click.argument("model", type=FILE)
+@click.option(
+    "-o", "--output", type=FILE, required=True, help="The .safetensors file, for convert --predictor."
+)
+@click.option("--rank", type=int, help="Of a layer where as much fires as in the mean. [default: width / 8]")
+@click.option(
+    "--recall",
+    type=float,
+    default=0.98,
+    show_default=True,
+    help="Of the neurons that fire, the share to be found. What is missed changes what the model says.",
+)
+@click.option("--every-layer", is_flag=True, help="Also for layers in which it would not pay.")
+@_training_options
+def predictor_command(
+    model: Path,
+    output: Path,
+    rank: int | None,
+    recall: float,
+    every_layer: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train low-rank predictors of the neurons that fire, for a MODEL with ReLU, which stays as it is."""
+    require_libraries()
+    from edgert.training.predictor import check_model, train_predictor
+
+    teacher, corpus, run = _prepare(model, "predictor", options)
+    check_model(teacher.spec)
+    run = _with_rate(run, teacher.spec.width, options["rate"])
+    with _Bar("predictor") as report:
+        ranks, found = train_predictor(teacher, corpus, rank, recall, every_layer, run, output, report)
+    if as_json:
+        print(json.dumps({"ranks": ranks, **found.to_json()}))
+        return
+    for layer, of in enumerate(ranks):
+        shares = (found.predicted[layer], found.firing[layer], found.recall[layer])
+        said = "expects {:.1%} of the neurons, {:.1%} fire, {:.1%} of these are expected".format(*shares)
+        print(f"layer {layer}, " + (f"rank {of}: {said}" if of else "none: it would not pay"))
+    print(f"{found.cost}")
+    print(f"{output}: convert the model again with --predictor {output}")
 
 
 def _prepare(folder: Path, kind: str, options: dict[str, Any]) -> "tuple[Teacher, Corpus, Run]":

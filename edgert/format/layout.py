@@ -11,7 +11,7 @@ from typing import Final, Literal
 from edgert.config import QUANTS
 from edgert.kernels import neuron_packing
 
-Role = Literal["matrix", "router", "expert", "neurons", "vector", "bytes"]
+Role = Literal["matrix", "rows", "router", "expert", "neurons", "vector", "bytes"]
 
 # One AVX-512 register holds 16 rows of 4 int8 values; AVX2 takes two, NEON four.
 # Fewer rows would waste lanes there, more would waste rows of small matrices.
@@ -38,16 +38,18 @@ TILE_BYTES: Final[dict[str, int]] = {
 }
 QUANTS_OF: Final[dict[Role, tuple[str, ...]]] = {
     "matrix": QUANTS,
+    "rows": neuron_packing.QUANTS,
     "router": ("f32",),  # rounding it would send tokens to other experts
     "expert": QUANTS,
     "neurons": neuron_packing.QUANTS,
     "vector": ("f32",),
     "bytes": ("u8",),
 }
-QUANTIZED: Final[tuple[Role, ...]] = ("matrix", "expert", "neurons")
+QUANTIZED: Final[tuple[Role, ...]] = ("matrix", "rows", "expert", "neurons")
 """What has a choice of precision."""
 LAYOUT_OF: Final[dict[Role, str]] = {
     "matrix": "rows16",
+    "rows": "rows1",
     "router": "rows16",
     "expert": "gated16",
     "neurons": "neurons32",
@@ -83,6 +85,8 @@ def stored_bytes(role: Role, quant: str, shape: tuple[int, ...]) -> int:
     """
     if role in ("matrix", "router"):
         return _tiles(*shape) * TILE_BYTES[quant]
+    if role == "rows":
+        return neuron_packing.rows_bytes(quant, *shape)
     if role == "neurons":
         _, ffn, width = shape
         return neuron_packing.stored_bytes(quant, ffn, width)

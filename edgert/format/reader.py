@@ -13,6 +13,7 @@ from edgert.config import ModelSpec
 from edgert.errors import ModelFileError
 from edgert.format.exits import ExitCalibration
 from edgert.format.foreign import open_regular, reject_foreign
+from edgert.format.predictors import Predictors
 from edgert.format.sparsity import SparsityCalibration
 from edgert.format.tensors import TOKENIZER, StoredTensor
 from edgert.format.validate import Contents, read_contents
@@ -25,7 +26,10 @@ class ErtFile:
     the last of them.
     """
 
-    __slots__ = ("_mapping", "data", "exits", "metadata", "path", "size", "sparsity", "spec", "tensors")
+    __slots__ = (
+        *("_mapping", "data", "exits", "metadata", "path", "predictors", "size", "sparsity", "spec"),
+        "tensors",
+    )
 
     def __init__(self, path: Path, mapping: mmap.mmap, contents: Contents) -> None:
         self._mapping = mapping
@@ -37,6 +41,7 @@ class ErtFile:
         self.metadata: dict[str, str] = contents.metadata  # chat_template, source, converter, ...
         self.exits: dict[int, ExitCalibration] = contents.exits  # by the layers before each
         self.sparsity: SparsityCalibration | None = contents.sparsity
+        self.predictors: Predictors | None = contents.predictors
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "ErtFile":

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from edgert.errors import ChecksumError
+from edgert.format.layout import QUANTIZED
 from edgert.format.reader import ErtFile
 from edgert.format.tensors import TOKENIZER, declared
 from edgert.format.writer import ErtWriter
@@ -23,7 +24,7 @@ def copy_tensors(file: ErtFile, writer: ErtWriter, names: list[str]) -> None:
 
 def rewrite(file: ErtFile, out: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Write `out`, which may be the file itself, with these metadata over its own."""
-    quants = {t.name: t.quant for t in file.tensors.values() if t.role == "matrix"}
+    quants = {t.name: t.quant for t in file.tensors.values() if t.role in QUANTIZED}
     merged = {**file.metadata, **metadata}
     with ErtWriter(Path(out), file.spec, quants, file.tokenizer_json(), merged) as writer:
         copy_tensors(file, writer, [decl.name for decl in declared(file.spec) if decl.name != TOKENIZER])

@@ -41,6 +41,7 @@ class Rule(Enum):
     DATA_END = "F30 end of file"
     EXITS = "F31 exits"
     SPARSITY = "F32 sparsity"
+    PREDICTORS = "F33 predictors"
 
 
 def broken(rule: Rule, found: str, expected: str) -> FormatError:

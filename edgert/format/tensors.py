@@ -31,7 +31,7 @@ class StoredTensor:
     role: Role
     shape: tuple[int, ...]  # logical, before any padding
     quant: str  # f32, f16, q8 or q4 (a router's and a vector's: f32); u8 for bytes
-    layout: str  # rows16 for a matrix, gated16 for an expert, neurons32 for neurons, flat for the rest
+    layout: str  # of `layout.LAYOUT_OF`: rows16 for a matrix, flat for what is not one
     offset: int  # from the start of the file, a multiple of PAGE
     nbytes: int  # without the zeros up to the next page
     sha256: str  # of those nbytes, in lowercase hexadecimal
@@ -100,7 +100,7 @@ def matrices_in(decl: TensorDecl | StoredTensor) -> tuple[tuple[str, int, int], 
         _, ffn, width = decl.shape
         layer = decl.name.removesuffix(".neurons")
         return ((f"{layer}.up", ffn, width), (f"{layer}.down", width, ffn))
-    if decl.role in ("matrix", "router"):
+    if decl.role in ("matrix", "rows", "router"):
         rows, columns = decl.shape
         return ((decl.name, rows, columns),)
     return ()
@@ -138,7 +138,12 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[TensorDecl]:
         yield TensorDecl("shared_router", (1, width), "router")
         ffn, prefix = spec.shared_width, "shared_"
     if spec.neurons:
-        yield _matrix("gate", ffn, width)
+        rank = spec.predictor(layer)
+        yield TensorDecl("gate", (ffn, width), "rows" if rank else "matrix")
+        if rank:
+            yield _matrix("predictor_in", rank, width)
+            yield _matrix("predictor_out", ffn, rank)
+            yield _vector("predictor_out_bias", ffn)
         yield TensorDecl("neurons", (2, ffn, width), "neurons")
         return
     matrices = (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn))

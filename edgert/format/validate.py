@@ -1,4 +1,4 @@
-"""From untrusted bytes to tensors that can be used without a further check (F09 to F32).
+"""From untrusted bytes to tensors that can be used without a further check (F09 to F33).
 
 Everything is checked before anything is returned: past this point an offset is inside the
 file, a length fits its shape and quantisation, and every tensor the spec calls for is there.
@@ -16,6 +16,7 @@ from edgert.format.exits import EXITS_KEY, ExitCalibration, read_exits
 from edgert.format.foreign import plain_safetensors
 from edgert.format.header import FORMAT, FORMAT_VERSION, RESERVED_KEYS, Blob, parse_object, read_header
 from edgert.format.layout import LAYOUT_OF, PAGE, allowed_quants, page_padded, stored_bytes
+from edgert.format.predictors import PREDICTORS_KEY, Predictors, read_predictors
 from edgert.format.rules import Rule, broken, shown
 from edgert.format.sparsity import SPARSITY_KEY, SparsityCalibration, read_sparsity
 from edgert.format.tensors import TOKENIZER, StoredTensor, TensorDecl, iter_declared
@@ -34,6 +35,7 @@ class Contents:
     metadata: dict[str, str]  # without the keys of the format itself
     exits: dict[int, ExitCalibration]  # by the layers before each
     sparsity: SparsityCalibration | None
+    predictors: Predictors | None
 
 
 def read_contents(blob: Blob, path: Path) -> Contents:
@@ -57,7 +59,8 @@ def read_contents(blob: Blob, path: Path) -> Contents:
     others = {key: text for key, text in metadata.items() if key not in RESERVED_KEYS}
     exits = read_exits(metadata.get(EXITS_KEY), spec.exits)
     sparsity = read_sparsity(metadata.get(SPARSITY_KEY), spec.layers)
-    return Contents(spec, tensors, others, exits, sparsity)
+    predictors = read_predictors(metadata.get(PREDICTORS_KEY), spec.predictors)
+    return Contents(spec, tensors, others, exits, sparsity, predictors)
 
 
 def _metadata(values: object, path: Path) -> dict[str, str]:
@@ -98,7 +101,7 @@ def _spec(text: str) -> ModelSpec:
         for name in ("architecture", "rope_scaling"):
             if not isinstance(values.get(name, ""), str):
                 raise TypeError(f"{name} is {shown(values[name])}, expected a string")
-        for name in ("windows", "eos_ids", "part", "exits", "dense_layers", "ropes"):
+        for name in ("windows", "eos_ids", "part", "exits", "dense_layers", "ropes", "predictors"):
             if not isinstance(values.get(name, []), list):
                 raise TypeError(f"{name} is {shown(values[name])}, expected a list")
         return ModelSpec.from_json(values)

@@ -63,7 +63,7 @@ class Builder:
         self.scratch = layout.floats
         layout.floats += config.threads * self.scratch_stride
         if spec.neurons:
-            self.firing = Firing(spec, config, layout, weights.neurons(spec.first_layer).quant)
+            self.firing = Firing(weights, config, layout)
         if spec.experts:
             self.routing = Routing(spec, self.members, rows, layout)
         self.queries = layout.groups  # per thread: the heads of a call, rotated and quantised

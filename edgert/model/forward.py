@@ -172,6 +172,11 @@ class Forward:
         """Neurons computed one by one so far, and how many there were in these layers and forwards."""
         return int(self._job[program.FIRED]), int(self._job[program.NEURONS])
 
+    @property
+    def gated(self) -> tuple[int, int]:
+        """Gates computed one by one so far, and how many there were where they are predicted."""
+        return int(self._job[program.GATES]), int(self._job[program.GATED])
+
     def _run_through(self, start: int, last: int, head: tuple[int, int] | None) -> None:
         """From operation `start` to the end of the layers before `last`, then a head."""
         end = self._starts[last]

@@ -9,8 +9,14 @@ from edgert.state import Rows
 def feed_forward(b: Builder, index: int, x: Rows) -> None:
     """hidden += W_down (act(W_gate x) * W_up x), of the neurons that fire."""
     spec, at, tiling = b.spec, b.weights.neurons(index), b.config.tiling
-    firing = b.firing
-    b.linear(f"layers.{index}.gate", x, b.gate)
+    firing, rank = b.firing, b.spec.predictor(index)
+    predicted = rank > 0 and b.config.predict
+    if predicted:
+        _predict(b, index, x, firing.inner(rank))
+    if rank:
+        _gate_rows(b, index, x, firing.wanted if predicted else -1)
+    else:
+        b.linear(f"layers.{index}.gate", x, b.gate)
     b.add(
         program.ACTIVATE,
         real=b.config.thresholds[index] if b.config.thresholds else 0.0,
@@ -18,10 +24,11 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
         g=b.gate.at,
         stride=b.gate.stride,
         groups=b.gate.groups,
+        scores=firing.scores.at if predicted else -1,
     )
     b.add(
         program.LIVE,
-        x=x.quantized,
+        x=-1 if predicted else x.quantized,
         groups=x.groups,
         spread=firing.spread,
         g=b.gate.at,
@@ -65,4 +72,43 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
         most=tiling.most,
         ahead=tiling.ahead,
         quads=firing.quads,
+    )
+
+
+def _predict(b: Builder, index: int, x: Rows, inner: Rows) -> None:
+    """Which neurons are expected to fire: those with a score above zero, W_out (W_in x) + b."""
+    firing, name = b.firing, f"layers.{index}"
+    b.linear(f"{name}.predictor_in", x, inner)
+    b.linear(f"{name}.predictor_out", b.quantize(inner), firing.scores)
+    b.add(
+        program.PREDICTED,
+        x=x.quantized,
+        groups=x.groups,
+        spread=firing.spread,
+        scores=firing.scores.at,
+        stride=firing.scores.stride,
+        width=b.spec.ffn_width,
+        live=firing.wanted,
+    )
+
+
+def _gate_rows(b: Builder, index: int, x: Rows, wanted: int) -> None:
+    """gate = W_gate x, of the neurons listed from word `wanted`; of all where that is -1."""
+    matrix, firing = b.weights.matrix(f"layers.{index}.gate"), b.firing
+    b.add(
+        program.GATE_ROWS,
+        quant=matrix.quant,
+        w_at=matrix.at,
+        groups=x.groups,
+        width=b.spec.ffn_width,
+        live=wanted,
+        x=x.quantized,
+        spread=firing.spread,
+        g=b.gate.at,
+        stride=b.gate.stride,
+        scratch=firing.scratch,
+        scratch_stride=firing.scratch_stride,
+        spare_stride=firing.spare_stride,
+        most=b.config.tiling.most,
+        ahead=b.config.tiling.ahead,
     )

@@ -118,10 +118,11 @@ def drafting(
                 )
             names.append("exit")
         elif one == "sparse":
-            if target.sparsity is None or not any(target.sparsity.thresholds):
+            thresholds = target.sparsity is not None and any(target.sparsity.thresholds)
+            if not thresholds and not target.spec.predictors:
                 raise OptionError(
                     f"{target.path} has no thresholds to draft with; convert the model again with a share of "
-                    "zeros: --sparsity 0.4 --calibrate TEXT"
+                    "zeros, --sparsity 0.4 --calibrate TEXT, or one with ReLU with --predictor FILE"
                 )
             names.append("sparse")
         else:

@@ -1,4 +1,4 @@
-"""What a model needs for its accelerations, trained on its own outputs: a draft, and exit heads.
+"""What a model needs for its accelerations, trained on its own outputs: a draft, exit heads, predictors.
 
 The only part of edgert that needs torch and transformers (extra `train`); nothing else imports it, and
 its modules import them only once `require_libraries` has found them. Training is distillation: the

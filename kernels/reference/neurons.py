@@ -17,6 +17,13 @@ def _clusters(quant, w, w_at, groups, first, last):
     return shape, *neuron_packing.parts(_NAMES[quant], data, groups * 32)
 
 
+def _rows(quant, w, w_at, scales, bundle, groups, neurons):
+    """The bytes of some rows of up, or of a matrix of single rows."""
+    size = NeuronShape.of(_NAMES[quant], groups * 32).up
+    starts = w_at + neurons // 32 * (scales + 32 * bundle) + scales + neurons % 32 * bundle
+    return np.stack([w[at : at + size] for at in starts])
+
+
 def activate(kind, threshold, g, g_at, count):
     """See kernels/neurons.py."""
     part = g[g_at : g_at + count]
@@ -48,18 +55,19 @@ def list_live(g, g_at, stride, rows, width, routes, at):
     routes[at + 1 : at + 1 + chosen.size] = chosen
 
 
-def add_up(quant, w, w_at, groups, routes, first, count, x, x_at, xs, xn, s_at, f, work, y):
+def add_up(quant, w, w_at, scales, bundle, groups, routes, first, count, x, x_at, xs, xn, s_at, f, work, y):
     """See kernels/neurons.py."""
     neurons = routes[first : first + count]
-    shape, _, bundles = _clusters(quant, w, w_at, groups, 0, int(neurons.max()) // 32 + 1)
-    values, scales = neuron_packing.unpack_up(_NAMES[quant], bundles[neurons, : shape.up])
-    stored = x[x_at : x_at + shape.spans * 512].reshape(shape.spans, 8, 16, 4)
+    rows = _rows(quant, w, w_at, scales, bundle, groups, neurons)
+    values, factors = neuron_packing.unpack_up(_NAMES[quant], rows)
+    spans = (groups + 15) // 16
+    stored = x[x_at : x_at + spans * 512].reshape(spans, 8, 16, 4)
     row = stored.transpose(0, 2, 1, 3).reshape(-1, 32).astype(np.int32)  # [groups, 32]
     weights = values.reshape(count, -1, 32).astype(np.int32)
     total = np.zeros(count, np.float32)
     for g in range(groups):
         whole = (weights[:, g] @ row[g]).astype(np.float32)
-        total = fma(whole, scales[:, g] * xs[s_at + g], total)
+        total = fma(whole, factors[:, g] * xs[s_at + g], total)
     f[y + neurons] += total
 
 
@@ -81,10 +89,9 @@ def _pack(quant, values, scales):
     return packing.pack(_NAMES[quant], values, scales.astype(np.float16)).reshape(-1)
 
 
-def block_of_up(quant, w, w_at, groups, block, out, out_at):
+def block_of_up(quant, w, w_at, scales, bundle, groups, block, out, out_at):
     """See kernels/neurons.py."""
-    shape, _, bundles = _clusters(quant, w, w_at, groups, block // 2, block // 2 + 1)
-    rows = bundles[block % 2 * 16 : block % 2 * 16 + 16, : shape.up]
+    rows = _rows(quant, w, w_at, scales, bundle, groups, np.arange(block * 16, block * 16 + 16))
     packed = _pack(quant, *neuron_packing.unpack_up(_NAMES[quant], rows))
     out[out_at : out_at + packed.size] = packed
 

@@ -1,0 +1,105 @@
+"""Gates of the neurons that a predictor expects to fire (Deja Vu, Liu et al., 2023, arXiv:2310.17157, 4.1).
+
+    s = W_out (W_in x) + b;    g[n] = W_gate[n] x where s[n] > 0, and 0 elsewhere
+
+The gate's rows lie one by one (the `rows1` layout), each as a row of up in neuron_packing.py. Several rows of
+x read the gates that any of them wants; what only another row wanted is then silenced, so that a row's result
+does not depend on the rows beside it. Rows that are computed whole, and more than `neurons.MOST_ROWS`, take
+all gates, in the order of rows16, some at a time.
+"""
+
+import numpy as np
+
+from edgert.kernels import matmul, neuron_tiles, neurons
+from edgert.kernels.jit import inlined, jit, kernel
+from edgert.kernels.program import POSITION
+from edgert.kernels.reference import gate_rows as _twin
+
+ALL = -1
+"""In the place of how many gates are wanted."""
+
+
+@kernel(_twin.list_positive)
+def list_positive(s, s_at, stride, rows, groups, routes, at):
+    """routes[at] = how many of 32 * groups have an s above zero in any row; which, from routes[at + 1] on."""
+    count = 0
+    for i in range(0, groups * 32, 32):
+        mask = neuron_tiles.positive(s, s_at + i)
+        for t in range(1, rows):
+            mask |= neuron_tiles.positive(s, s_at + t * stride + i)
+        while mask != 0:
+            routes[at + 1 + count] = i + neuron_tiles.lowest_bit(mask)
+            mask &= mask - 1
+            count += 1
+    routes[at] = count
+
+
+@kernel(_twin.silence)
+def silence(f, g, s, count):
+    """f[g : g + count] = 0 where f[s + i] is not above zero."""
+    for i in range(count):
+        f[g + i] = f[g + i] if f[s + i] > np.float32(0.0) else np.float32(0.0)
+
+
+# ---- units of the operations of program.py; c: the operation's row ---------------------------
+
+
+@inlined
+def run_predicted(c, rows, f, xq, routes, tokens, whole):
+    """What the layer's gates need before their units are known; how many are wanted, or ALL.
+
+    tokens: see program.py; whole: positions below it want all.
+    """
+    x, groups, into, s, stride, width, at = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
+    every = rows > neurons.MOST_ROWS
+    for t in range(rows):
+        every |= tokens[POSITION, t] < whole
+    if rows <= neurons.MOST_ROWS:  # LIVE leaves the spreading to this
+        spans = (groups + 15) // 16
+        for t in range(rows):
+            neurons.spread(xq, (x + t * groups) * 32, groups, xq, into * 32 + t * spans * 512)
+    if every:
+        routes[at] = ALL
+    else:
+        list_positive(f, s, stride, rows, (width + 31) // 32, routes, at)
+    return routes[at]
+
+
+@jit
+def units_of_gate(c, routes):
+    """Units of a gate; never one, so that whoever asks before `run_predicted` takes it for more."""
+    wanted = routes[c[7]] if c[7] >= 0 else ALL
+    return max(2, ((c[6] if wanted == ALL else wanted) + neurons.BATCH - 1) // neurons.BATCH)
+
+
+@inlined
+def run_gate(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
+    """16 gates that are wanted, or 16 of all."""
+    quant, w_at, groups, width, at, x, into = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
+    g, stride, work, out = c[10], c[11], c[12] + me * c[13], me * c[14]
+    spans, first = (groups + 15) // 16, unit * neurons.BATCH
+    apart = spans * matmul.record_bytes(quant)
+    if at < 0 or routes[at] == ALL:
+        if first >= width:
+            return
+        neurons.block_of_up(quant, w, w_at, neurons.NONE, apart, groups, unit, spare, out)
+        for t in range(rows):
+            here = g + t * stride + first
+            f[here : here + neurons.BATCH] = np.float32(0.0)
+        matmul.matmul(
+            quant, spare_view, out, groups, neurons.NONE, neurons.ONE, rows, f, neurons.NONE, neurons.NONE,
+            xq, xs, xn, x, g + first, stride, c[15], c[16],
+        )  # fmt: skip
+        return
+    count = min(neurons.BATCH, routes[at] - first)
+    if count <= 0:
+        return
+    first += at + 1
+    for t in range(rows):
+        row = g + t * stride
+        for i in range(count):
+            f[row + routes[first + i]] = np.float32(0.0)
+        neurons.add_up(
+            quant, w, w_at, neurons.NONE, apart, groups, routes, first, count, xq,
+            into * 32 + t * spans * 512, xs, xn, x + t * groups, f, work, row,
+        )  # fmt: skip
