@@ -40,8 +40,8 @@ def convert(
     a name on the Hugging Face Hub (hub.py); `quant` is one name for all matrices ("f32", "f16", "q8", "q4")
     or a QuantSpec, by default q4 for a Hugging Face folder and else what the source has (q8 where ours has no
     like); `progress` is called after every slab; `exits` is a file of `edgert train exits` for a folder (by
-    default its own exits.safetensors, if it has one), `predictor` one of `edgert train predictor`, which skips
-    gates and is not exact; `calibration` is what its matrices meet at work, for less loss.
+    default its own exits.safetensors, if it has one), `predictor` one of `edgert train predictor`, which
+    skips gates and is not exact; `calibration` is what its matrices meet at work, for less loss.
     `sparsity` "exact" stores up and down neuron by neuron, so that neurons that do not fire are not read;
     "auto" does that where the activation is zero for many (ReLU and its like) and the model at least 512
     wide, "none" never; a number from 0 to 0.9 takes this share of the smallest activations for zero, which is
@@ -50,7 +50,9 @@ def convert(
     Raises NotAModelError, UnsupportedError, ConversionError or OptionError, each in one line.
     """
     with local(source, dry_run, progress) as path:
-        return _convert_local(path, Path(out), quant, progress, exits, calibration, sparsity, dry_run)
+        return _convert_local(
+            path, Path(out), quant, progress, exits, predictor, calibration, sparsity, dry_run
+        )
 
 
 def _convert_local(
@@ -59,6 +61,7 @@ def _convert_local(
     quant: Quant | QuantSpec | None,
     progress: Progress | None,
     exits: str | os.PathLike[str] | None,
+    predictor: str | os.PathLike[str] | None,
     calibration: Calibration | None,
     sparsity: Sparsity,
     dry_run: bool,
