@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _DEFAULT_STEPS = {"draft": 3000, "exits": 500, "predictor": 300}
-PREDICTOR_RATE = 2e-2
+_PREDICTOR_RATE = 2e-2
 """After 100 steps a loss of 0.353, where 6e-3 had come to 0.397 (bundled target)."""
 _LONG_STEPS = 300  # compiling takes as long as some ten to a hundred steps
 
@@ -43,7 +43,9 @@ def _training_options(function: Command) -> Command:
         click.option(
             "--seed", type=int, default=0, show_default=True, help="Of text order and first weights."
         ),
-        click.option("--rate", type=float, help="Peak learning rate. [default: 6e-3, predictor 2e-2, less for wide models]"),
+        click.option(
+            "--rate", type=float, help="Peak learning rate. [default: 6e-3, predictor 2e-2; less if wide]"
+        ),
         click.option("--row-tokens", type=int, help="Tokens of a row. [default: 512, or the context]"),
         click.option(
             "--rows", type=click.IntRange(min=1), default=8, show_default=True, help="Rows per step."
@@ -176,7 +178,7 @@ def predictor_command(
 
     teacher, corpus, run = _prepare(model, "predictor", options)
     check_model(teacher.spec)
-    run = _with_rate(run, teacher.spec.width, options["rate"], PREDICTOR_RATE)
+    run = _with_rate(run, teacher.spec.width, options["rate"], _PREDICTOR_RATE)
     with _Bar("predictor") as report:
         ranks, found = train_predictor(teacher, corpus, rank, recall, every_layer, run, output, report)
     if as_json:
