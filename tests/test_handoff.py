@@ -1,12 +1,9 @@
 """Edge and cloud together: whatever is handed over, and however, the tokens are the whole model's."""
 
 import importlib.util
-import os
-import subprocess
-import sys
+import json
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from edgert.handoff.setup import HandoffConfig
 from edgert.kernels import target
 from edgert.model.forward import Forward
 from edgert.state import Weights
+from tests import kernel_inputs as inputs
 from tests.handoff_models import LAYER, Files, Server, count, random_tokens, serving, write_files
 from tests.test_lowerings import TARGETS
 
@@ -171,6 +169,23 @@ def test_an_agreement_of_one_never_exits_and_a_low_one_often_does(files: Files, 
     assert shares[0] == 0 and shares[0] <= shares[1] <= shares[2] and shares[2] > 20
 
 
+@pytest.mark.compiled
+def test_a_time_for_each_token_decides_how_many_are_handed_over(files: Files, cloud: Server) -> None:
+    prompt = random_tokens("time", 12, 80)
+    expected = tokens(files.whole, prompt, **SAMPLED)
+    config = HandoffConfig(**PATIENT, cloud=cloud.address, time_budget_s=600)
+    with edgert.load(files.edge, threads=1, handoff=config) as model:
+        done = model.generate(prompt, **SAMPLED)
+    assert list(done.tokens) == expected and done.stats["handoffs"] == 30  # there is time for all of them
+    assert done.stats["handoff_share"] == 1 and done.stats["exit_s"] > 0 and done.stats["handoff_s"] > 0
+    for mode, path in (("local", files.whole), ("collaborative", files.edge)):
+        config = HandoffConfig(mode, cloud.address, **PATIENT, time_budget_s=1e-7)  # type: ignore[arg-type]
+        with edgert.load(path, threads=1, handoff=config) as model:
+            stats = model.generate(prompt, **SAMPLED).stats
+        assert stats["handoffs"] == 2 and stats["exits"] == 28  # after the prompt, and to measure one
+        assert stats["handoff_share"] == 0
+
+
 def test_a_schedule_leaves_ever_earlier_and_each_token_is_its_layer_s(files: Files) -> None:
     prompt = random_tokens("schedule", 20, 80)
     config = HandoffConfig("local", schedule=1)
@@ -300,6 +315,8 @@ def test_another_model_s_edge_is_refused(files: Files, cloud: Server, tmp_path: 
         ("whole", {"mode": "local", "agreement": 2.0}, "agreement is 2; expected"),
         ("whole", {"mode": "local", "budget": -1.0}, "budget is -1; expected"),
         ("whole", {"mode": "local", "budget": 0.5, "agreement": 0.5}, "give one of them"),
+        ("whole", {"mode": "local", "budget": 0.5, "time_budget_s": 1.0}, "give one of them"),
+        ("whole", {"mode": "local", "time_budget_s": 0.0}, "time budget is 0 s; expected"),
         ("whole", {"mode": "local", "schedule": 3}, r"schedule is 3; expected one of the exits \[1, 2\]"),
         ("edge", {"mode": "local", "schedule": 1}, "of a whole model"),
         ("whole", {"mode": "local", "schedule": 1, "budget": 0.1}, "takes the place of"),
@@ -329,29 +346,37 @@ def test_without_the_packages_the_cloud_is_refused_and_exits_work(
 # ---- two machines ----------------------------------------------------------------------------
 
 
+EDGE = """
+import json, sys
+import edgert
+from edgert.handoff.setup import HandoffConfig
+from edgert.kernels import target
+path, prompt, options, *configs = map(json.loads, sys.argv[1:])
+for config in configs:
+    with edgert.load(path, threads=1, handoff=HandoffConfig(**config)) as model:
+        given = [(e.token, e.logprob, e.source) for e in model.stream(prompt, **options)]
+    print(json.dumps([target.lowering().name, given]))
+"""
+
+
 @pytest.mark.compiled
 @pytest.mark.slow
 def test_an_edge_and_a_cloud_of_other_instruction_sets_are_the_whole_model(
-    files: Files, avx2_cache: Path
+    files: Files, cloud: Server, avx2_cache: Path
 ) -> None:
-    """Two processes: this one with the host's kernels, the cloud half with those of AVX2."""
+    """Two processes: the cloud half with the host's kernels, the edge half with those of AVX2."""
     if "avx2" not in TARGETS or target.lowering().name == "avx2":
         pytest.skip("needs a host that can run AVX2 and has more")
-    code = "from edgert.cli import main; main()"
-    command = [sys.executable, "-c", code, "cloud", str(files.cloud), "--listen", "127.0.0.1:0", "-c", "64"]
-    environment = os.environ | TARGETS["avx2"][1] | {"EDGERT_CACHE_DIR": str(avx2_cache)}
     prompt = random_tokens("two machines", 20, 80)
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.endswith(", avx2\n")
-            there = HandoffConfig(cloud=line.split(" at ")[1].split(",")[0], deadline_s=600)
-            found = tokens(files.edge, prompt, there, **SAMPLED)
-            some = events(files.edge, prompt, replace(there, budget=0.5), **SAMPLED)
-        finally:
-            process.kill()
-    assert found == tokens(files.whole, prompt, **SAMPLED)
+    there = {"cloud": cloud.address, "deadline_s": 600}
+    arguments = [str(files.edge), prompt, SAMPLED, there, there | {"budget": 0.5}]
+    environment = TARGETS["avx2"][1] | {"EDGERT_CACHE_DIR": str(avx2_cache)}
+    out, _ = inputs.run_python(EDGE, *map(json.dumps, arguments), **environment)
+    (kernels, everything), (_, some) = map(json.loads, out.splitlines())
+    assert kernels == "avx2"
+    whole = events(files.whole, prompt, None, **SAMPLED)
+    assert everything == [[e.token, e.logprob, "cloud"] for e in whole]
+    named = {"exit": "exit", "model": "cloud"}
     expected = events(files.whole, prompt, HandoffConfig("local", budget=0.5), **SAMPLED)
-    assert [(e.token, e.logprob) for e in some] == [(e.token, e.logprob) for e in expected]
-    assert {e.source for e in some} == {"exit", "cloud"}
+    assert some == [[e.token, e.logprob, named[e.source]] for e in expected]
+    assert {source for _, _, source in some} == {"exit", "cloud"}

@@ -1,5 +1,6 @@
 """Options that several verbs share, and how numbers are shown."""
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -141,7 +142,12 @@ def handoff_options(function: Command) -> Command:
             show_default=True,
             help="What makes an exit sure.",
         ),
-        click.option("--budget", type=float, metavar="SHARE", help="Hand over at most this share of tokens."),
+        click.option(
+            "--budget",
+            metavar="SHARE|TIME",
+            help="Hand over at most this share of tokens (0.2), or so many that a token takes this time on "
+            "average (20ms, 0.5s).",
+        ),
         click.option(
             "--agreement",
             type=float,
@@ -159,17 +165,30 @@ def handoff_options(function: Command) -> Command:
     return function
 
 
+def parse_budget(text: str) -> tuple[float | None, float | None]:
+    """(share, None) of "0.2", (None, seconds) of "20ms" or "0.5s"; raises OptionError for other texts."""
+    match = re.fullmatch(r"(\d*\.?\d+)\s*(ms|s|)", text.strip())
+    if match is None:
+        raise OptionError(
+            f"--budget is {text!r}; expected a share of tokens from 0 to 1, or a time such as 20ms"
+        )
+    number = float(match[1])
+    return (number, None) if not match[2] else (None, number / 1000 if match[2] == "ms" else number)
+
+
 def handoff_config(options: dict[str, Any]) -> HandoffConfig | None:
     """What the options say; None where nothing of a hand-off was asked for."""
     wanted = ("cloud", "mode", "agreement", "budget", "layer", "schedule")
     if all(options[name] is None for name in wanted):
         return None
     mode: Mode = options["mode"] or ("local" if options["cloud"] is None else "collaborative")
+    share, seconds = (None, None) if options["budget"] is None else parse_budget(options["budget"])
     return HandoffConfig(
         mode=mode,
         cloud=options["cloud"],
         agreement=options["agreement"],
-        budget=options["budget"],
+        budget=share,
+        time_budget_s=seconds,
         rule=options["exit_rule"],
         layer=options["layer"],
         schedule=options["schedule"],

@@ -1,9 +1,4 @@
-"""When an exit is sure enough: a confidence in [0, 1] from its logits, and thresholds for it.
-
-A threshold comes from counts on text the exit was not trained on (`edgert train exits`, `edgert
-calibrate`), for a wanted agreement with the whole model or a wanted share of tokens to hand over
-(DeeR-VLA, Yue et al., 2024, arXiv:2411.02359, solves for budgets in the same way).
-"""
+"""How sure an exit is: a confidence in [0, 1] from its logits. What is sure enough: thresholds.py."""
 
 import math
 from collections.abc import Sequence
@@ -12,16 +7,11 @@ from typing import Final, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.errors import OptionError
-from edgert.format import ExitCalibration
 from edgert.kernels.exp_sum import exp_sum
 from edgert.sampling import exp, largest
 
 Logits = NDArray[np.float32]
 RuleName = Literal["top", "margin", "entropy", "quantile"]
-
-NEVER: Final = math.inf
-"""The threshold of an exit that is never taken."""
 
 
 class ExitRule(Protocol):
@@ -93,33 +83,6 @@ class Quantile:
 RULES: Final[dict[RuleName, ExitRule]] = {
     rule.name: rule for rule in (Top(), Margin(), Entropy(), Quantile())
 }
-
-
-def threshold_for_agreement(calibration: ExitCalibration, agreement: float) -> float:
-    """The least confidence for which so large a share of *all* tokens is the whole model's choice.
-
-    Tokens that are handed over agree. NEVER for an agreement of 1, and where no threshold reaches it.
-    """
-    if not 0 < agreement <= 1:
-        raise OptionError(f"agreement is {agreement:g}; expected a share above 0 and up to 1, such as 0.99")
-    total = sum(calibration.tokens)
-    if agreement < 1:
-        for index, bound in enumerate(calibration.confidence):
-            wrong = sum(calibration.tokens[index:]) - sum(calibration.agreed[index:])
-            if wrong <= (1 - agreement) * total:
-                return bound
-    return NEVER
-
-
-def threshold_for_budget(calibration: ExitCalibration, budget: float) -> float:
-    """The largest confidence for which at most so large a share of tokens is handed over."""
-    if not 0 <= budget <= 1:
-        raise OptionError(f"budget is {budget:g}; expected a share of tokens from 0 to 1")
-    total = sum(calibration.tokens)
-    for index in range(len(calibration.confidence) - 1, 0, -1):
-        if sum(calibration.tokens[:index]) <= budget * total:
-            return calibration.confidence[index]
-    return 0.0
 
 
 def _top(logits: Logits) -> float:

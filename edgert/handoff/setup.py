@@ -13,9 +13,16 @@ from edgert.format.identity import identity, tokenizer_identity
 from edgert.format.tensors import TOKENIZER
 from edgert.handoff.calibration import calibration_of
 from edgert.handoff.decoder import ExitPolicy, HandOff
-from edgert.handoff.rules import RULES, RuleName, threshold_for_agreement, threshold_for_budget
+from edgert.handoff.rules import RULES, RuleName
 from edgert.handoff.schedule import Scheduled
 from edgert.handoff.states import WIRES, Wire
+from edgert.handoff.thresholds import (
+    Fixed,
+    Threshold,
+    TimeBudget,
+    threshold_for_agreement,
+    threshold_for_budget,
+)
 from edgert.handoff.upper import LocalUpper, Upper
 
 if TYPE_CHECKING:
@@ -32,14 +39,15 @@ class HandoffConfig:
 
     mode: "local" sends nothing, ever; "collaborative" asks the cloud where the exit is not sure; "draft" lets
     this model guess what the cloud's larger one would say; "cloud" leaves everything to the cloud. In the
-    last two it holds all layers. agreement or budget: a share of tokens, see
-    rules.py; with neither, the exit answers only where nothing else can, so the tokens are exact.
+    last two it holds all layers. agreement, budget or time_budget_s: how sure an exit has to be, see
+    thresholds.py; with none, the exit answers only where nothing else can, so the tokens are exact.
     """
 
     mode: Mode = "collaborative"
     cloud: str | None = None  # HOST:PORT
     agreement: float | None = None  # tokens that should be the whole model's
     budget: float | None = None  # tokens that may be handed over
+    time_budget_s: float | None = None  # seconds that a token may take, on average
     rule: RuleName = "top"
     layer: int | None = None  # of a file that was not split: where the upper part begins
     schedule: int | None = None  # leave ever earlier, down to the exit after so many layers (schedule.py)
@@ -56,11 +64,11 @@ class HandoffConfig:
             raise OptionError(f"exit rule is {self.rule!r}; expected one of {', '.join(RULES)}")
         if self.mode != "local" and self.cloud is None:
             raise OptionError(f"mode {self.mode} needs the cloud half's address; give --cloud HOST:PORT")
-        thresholds = self.agreement, self.budget, self.layer
-        if self.schedule is not None and (self.mode != "local" or thresholds != (None, None, None)):
+        thresholds = [t for t in (self.agreement, self.budget, self.time_budget_s) if t is not None]
+        if self.schedule is not None and (self.mode != "local" or thresholds or self.layer is not None):
             raise OptionError("a schedule takes the place of agreement, budget and layer, in mode local only")
-        if self.agreement is not None and self.budget is not None:
-            raise OptionError("agreement and budget both choose the threshold; give one of them")
+        if len(thresholds) > 1:
+            raise OptionError("an agreement and a budget both choose the threshold; give one of them")
         if not 0 < self.deadline_s < 3600:
             raise OptionError(f"deadline is {self.deadline_s:g}; expected seconds above 0")
 
@@ -154,7 +162,7 @@ def _layer(spec: ModelSpec, config: HandoffConfig) -> int:
 def _policy(file: ErtFile, config: HandoffConfig, layer: int) -> ExitPolicy | None:
     exits = tuple(k for k in file.spec.exits if k <= layer)
     if not exits:
-        if config.agreement is not None or config.budget is not None:
+        if (config.agreement, config.budget, config.time_budget_s) != (None, None, None):
             raise OptionError(
                 f"{file.path} has no exits up to layer {layer}, so agreement and budget do not apply; "
                 "train some: edgert train exits"
@@ -165,7 +173,9 @@ def _policy(file: ErtFile, config: HandoffConfig, layer: int) -> ExitPolicy | No
     return ExitPolicy(exits, tuple(file.exits[k].temperature for k in exits), rule, threshold)
 
 
-def _threshold(calibration: ExitCalibration, config: HandoffConfig) -> float:
+def _threshold(calibration: ExitCalibration, config: HandoffConfig) -> Threshold:
+    if config.time_budget_s is not None:
+        return TimeBudget(calibration, config.time_budget_s)
     if config.budget is not None:
-        return threshold_for_budget(calibration, config.budget)
-    return threshold_for_agreement(calibration, 1.0 if config.agreement is None else config.agreement)
+        return Fixed(threshold_for_budget(calibration, config.budget))
+    return Fixed(threshold_for_agreement(calibration, 1.0 if config.agreement is None else config.agreement))
