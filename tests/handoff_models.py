@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,12 +96,14 @@ class Server:
         limits: Limits | None = None,
         certificates: Any = None,
         host: str = "127.0.0.1",
+        gateway_key: str = "",
     ) -> None:
         from edgert.handoff.metrics import Metrics
 
         self.path, self.port, self.host = path, port, host
         self.config = EngineConfig(1, context, chunk, sequences=sequences)
         self.limits, self.certificates = limits or Limits(), certificates
+        self.gateway_key = gateway_key
         self.metrics = Metrics()
         self.error: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -139,7 +142,8 @@ class Server:
 
         async def main() -> None:
             self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-            config = ServerConfig(Address(self.host, self.port), self.certificates, self.limits)
+            address = Address(self.host, self.port)
+            config = ServerConfig(address, self.certificates, self.limits, gateway_key=self.gateway_key)
             with ErtFile.open(self.path) as file:
                 forward = Forward(Weights.of_file(file), self.config)
                 try:
@@ -169,3 +173,13 @@ def serving(path: Path, **options: Any) -> Iterator[Server]:
 def count(server: Server, name: str, **labels: str) -> float:
     """The value of a metric."""
     return server.metrics.registry.get_sample_value(name, labels or None) or 0.0
+
+
+def replicas_of(process: int) -> list[int]:
+    """Process ids of the Ray Serve replicas below a command's process, by their names."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True)
+    found = [line.split(None, 2) for line in listing.stdout.splitlines()[1:]]
+    family = {process}
+    for _ in range(3):  # the command, the raylet, its workers
+        family |= {int(pid) for pid, parent, _ in found if int(parent) in family}
+    return [int(pid) for pid, _, name in found if int(pid) in family and "ServeReplica:edgert" in name]

@@ -31,7 +31,7 @@ def test_run_hands_over_and_says_how_much(handoff_files: Files, cli: Cli) -> Non
 def test_run_says_that_nobody_answered(handoff_files: Files, cli: Cli) -> None:
     done = cli("run", handoff_files.edge, "-p", "abc", "-n", 3, "--cloud", "127.0.0.1:1", "--deadline", 0.1)
     assert done.status == 0
-    assert "3 WITHOUT AN ANSWER (127.0.0.1:1: " in done.err
+    assert "3 WITHOUT AN ANSWER (127.0.0.1:1: nothing listens there)" in done.err
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,9 @@ def test_run_says_that_nobody_answered(handoff_files: Files, cli: Cli) -> None:
         (("--cloud", "example.org:80"), "give --tls FOLDER"),
         (("--mode", "local", "--draft", "lookup"), "give one of them"),
         (("--mode", "local", "--deadline", "-1"), "deadline is -1"),
+        (("--mode", "local", "--budget", "soon"), "--budget is 'soon'; expected a share"),
+        (("--mode", "local", "--budget", "0ms"), "time budget is 0 s"),
+        (("--mode", "local", "--budget", "20"), "budget is 20; expected a share"),
     ],
 )
 def test_run_refuses_what_does_not_fit(
@@ -65,6 +68,18 @@ def test_cloud_refuses_what_does_not_fit(
 ) -> None:
     done = cli("cloud", handoff_files.cloud, *arguments)
     assert done.status == 2 and message in done.err and done.err.count("\n") == 1
+
+
+def test_cloud_says_what_it_cannot_serve(handoff_files: Files, cli: Cli) -> None:
+    done = cli("cloud", handoff_files.edge)
+    assert done.status == 1 and "found the edge half of a model (layers 0 to 2)" in done.err
+    assert done.err.count("\n") == 1
+    with serving(handoff_files.cloud) as server:
+        done = cli("cloud", handoff_files.cloud, "--listen", server.address)
+        assert done.status == 1 and f"cannot listen on {server.address}; choose a free port" in done.err
+        taken = cli("cloud", handoff_files.cloud, "--listen", "127.0.0.1:0", "--metrics", server.address)
+        assert taken.status == 1 and f"metrics cannot be served on {server.address}" in taken.err
+        assert done.err.count("\n") == taken.err.count("\n") == 1
 
 
 def test_cloud_promises_its_memory_before_it_serves(handoff_files: Files, cli: Cli) -> None:

@@ -286,8 +286,8 @@ REASONS = ("malformed", "mismatch", "too many", "too large", "replaced", "intern
     [
         ({"version": 2}, "FAILED_PRECONDITION", "found version 2 of the wire, expected 1"),
         ({"model": "0" * 64}, "FAILED_PRECONDITION", "found an edge of the model 000000000000"),
-        ({"layer": 1}, "FAILED_PRECONDITION", "rows enter at layer 1; the cloud holds layers 2 to 3"),
-        ({"layer": 0, "states": 0}, "FAILED_PRECONDITION", "rows enter at layer 0"),
+        ({"layer": 1}, "FAILED_PRECONDITION", "layers 2 to 3; this edge needs the layers from 1 on"),
+        ({"layer": 0, "states": 0}, "FAILED_PRECONDITION", "layers 2 to 3; this edge needs all layers"),
         ({"states": 0}, "INVALID_ARGUMENT", "rows of kind 0 for layer 2"),
         ({"states": 9}, "INVALID_ARGUMENT", "rows of kind 9"),
         ({"session": b"short"}, "INVALID_ARGUMENT", "a session name of 5 bytes"),

@@ -5,11 +5,14 @@
 
 The edges' part is computed beforehand: each client replays the hidden rows of a text that the whole model
 wrote, asks after every row, and compares the answer with the token of the solo run. So the figures are the
-cloud half's, and those of the wire; clients and server share this machine.
+cloud half's, and those of the wire; clients and server share this machine. Then once more all at once, beside
+clients who send messages that are too large or that are none: these are refused and counted, the others get
+their tokens.
 """
 
 import argparse
-import subprocess
+import contextlib
+import os
 import sys
 import tempfile
 import threading
@@ -19,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,10 +35,16 @@ from edgert.format.identity import identity
 from edgert.handoff.link import Link, LinkConfig
 from edgert.handoff.transport import Address
 from edgert.handoff.upper import Failure
+from edgert.handoff.wire import METHOD
 from edgert.model.forward import Forward
 from edgert.planner import buffer_bytes, cache_bytes
 from edgert.sampling import Sampler
 from edgert.state import Weights
+
+sys.path.append(str(Path(__file__).resolve().parent))
+from handoff.cloud import cloud_process
+
+HOSTILE = 4  # clients that send what is no message
 
 
 @dataclass
@@ -65,30 +75,40 @@ def main() -> None:
         half, context = Path(scratch) / "cloud.ert", options.prompt + options.n
         split(options.file, layer, Path(scratch) / "edge.ert", half)
         clients = prepare(file, options, layer)
-        config = EngineConfig(options.threads, context, 256, sequences=options.clients)
+        config = EngineConfig(options.threads, context, 256, sequences=options.clients + HOSTILE)
         with ErtFile.open(half) as opened:
             promised = cache_bytes(opened.spec, config) + buffer_bytes(opened.spec, config) + opened.size
-        with cloud_process(half, options, context) as (address, pid):
+        places = str(options.clients + HOSTILE)
+        limits = ("--places", places, "--per-client", places, "-c", str(context))
+        with cloud_process(half, "-t", str(options.threads), *limits) as cloud:
             make = lambda: Link(  # noqa: E731
-                LinkConfig(Address.parse(address), deadline_s=600),
+                LinkConfig(Address.parse(cloud.address), deadline_s=600),
                 identity(file),
                 layer,
                 file.spec.width,
                 file.spec.vocab,
             )
             replay(make(), clients[0])  # compiles and warms up
-            before, alone = resident(pid), one_by_one(make, clients)
+            before, alone = cloud.resident(), one_by_one(make, clients)
             together = at_once(make, clients)
-            after = resident(pid)
+            after, wrong = cloud.resident(), sum(c.wrong for c in clients)
+            with hostile(cloud.address) as sent:
+                at_once(make, clients)
+            refused, last = cloud.counted("edgert_refusals_total"), cloud.resident()
     tokens = sum(len(c.tokens) - c.prompt for c in clients)
     waits = sorted(c.seconds / (len(c.tokens) - c.prompt) * 1000 for c in clients)
-    print(f"{options.clients} clients, {tokens} tokens, {sum(c.wrong for c in clients)} other than solo")
+    print(f"{options.clients} clients, {tokens} tokens, {wrong} other than solo")
     rates = f"one by one {tokens / alone:.0f} tokens/s, at once {tokens / together:.0f} tokens/s"
     print(f"{rates} ({alone / together:.2f}x)")
     print(f"ms per token at once: median {waits[len(waits) // 2]:.1f}, slowest client {waits[-1]:.1f}")
     grown, limit = (after - before) / 2**20, promised / 2**20
     memory = f"resident {before / 2**20:.0f} MiB before, {grown:+.1f} MiB after"
     print(f"{memory}; cache, buffers and weights promise {limit:.1f} MiB")
+    wrong = sum(c.wrong for c in clients) - wrong
+    print(
+        f"beside {sum(sent)} streams of messages too large or malformed: {refused:.0f} refused and counted, "
+        f"{wrong} tokens other than solo, {(last - after) / 2**20:+.1f} MiB"
+    )
 
 
 def prepare(file: ErtFile, options: argparse.Namespace, layer: int) -> list[Client]:
@@ -144,26 +164,26 @@ def at_once(make: Callable[[], Link], clients: list[Client]) -> float:
 
 
 @contextmanager
-def cloud_process(file: Path, options: argparse.Namespace, context: int) -> Iterator[tuple[str, int]]:
-    """`edgert cloud` with a place for each client; its address and process id."""
-    places = ("--places", str(options.clients), "--per-client", str(options.clients), "-c", str(context))
-    command = [sys.executable, "-m", "edgert", "cloud", str(file), "--listen", "127.0.0.1:0", *places]
-    with subprocess.Popen(
-        [*command, "-t", str(options.threads)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            yield process.stdout.readline().split(" at ")[1].split(",")[0], process.pid
-        finally:
-            process.terminate()
+def hostile(address: str) -> Iterator[list[int]]:
+    """Meanwhile, clients whose messages are broken; gives how many of their streams were ended."""
+    count, over = [0] * HOSTILE, threading.Event()
 
+    def send(number: int) -> None:
+        data = os.urandom((4 << 20) + 1) if number % 2 else b"\xff" * 64
+        while not over.is_set():
+            with grpc.insecure_channel(address) as channel, contextlib.suppress(grpc.RpcError):
+                list(channel.stream_stream(METHOD)(iter([data])))
+            count[number] += 1
 
-def resident(pid: int) -> int:
-    """Resident memory of a process, in bytes (Linux)."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(HOSTILE)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield count
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from typing import Any
 import click
 
 from edgert.cli.options import FILE, engine_options
-from edgert.errors import DeviceError, UsageError
+from edgert.errors import DeviceError, ModelFileError, UsageError
 from edgert.evaluate import read_documents
 from edgert.format import ErtFile
 from edgert.format.rewrite import rewrite
 from edgert.handoff.calibration import as_metadata, calibrate
-from edgert.handoff.rules import RULES, threshold_for_agreement
+from edgert.handoff.rules import RULES
 from edgert.handoff.setup import check_cloud_installed
+from edgert.handoff.thresholds import threshold_for_agreement
 from edgert.kernels import target
 from edgert.model.forward import Forward
 from edgert.planner import parse_size, plan
@@ -40,6 +41,14 @@ from edgert.tokenizer import Tokenizer
     "--idle", type=float, default=600.0, show_default=True, help="Seconds until an unused place is lost."
 )
 @click.option(
+    "--replicas",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Processes that serve, as replicas of Ray Serve behind one gateway; all limits are each one's own.",
+)
+@click.option("--ray", metavar="ADDRESS", help="Of a Ray cluster for the replicas. [default: this machine]")
+@click.option(
     "--drain", type=float, default=5.0, show_default=True, help="Seconds to answer open questions at the end."
 )
 @engine_options
@@ -52,6 +61,8 @@ def cloud_command(
     per_client: int,
     waiting: str,
     idle: float,
+    replicas: int,
+    ray: str | None,
     drain: float,
     **options: Any,
 ) -> None:
@@ -63,34 +74,54 @@ def cloud_command(
     from edgert.handoff.sessions import Limits
     from edgert.handoff.transport import Address, Certificates
 
-    for name, value in (("--places", places), ("--per-client", per_client)):
+    for name, value in (("--places", places), ("--per-client", per_client), ("--replicas", replicas)):
         if value < 1:
             raise UsageError(f"{name} is {value}; expected at least 1")
     limits = Limits(per_client=per_client, waiting_bytes=parse_size(waiting), idle_s=idle)
-    config = ServerConfig(
-        Address.parse(listen), None if tls is None else Certificates.read(tls, "server"), limits, drain
-    )
-    counters = Metrics()
+    address = Address.parse(listen)
+    certificates = None if tls is None else Certificates.read(tls, "server")
+    answering = None if metrics is None else Address.parse(metrics)
     with ErtFile.open(file) as opened:
-        engine = plan(opened.spec, opened.size, sequences=places, **options)
-        forward = Forward(Weights.of_file(opened), engine)
-        if metrics is not None:
-            address = Address.parse(metrics)
-            counters.serve(address.host, address.port)
+        spec = opened.spec
+        if spec.last_layer < spec.layers:
+            raise ModelFileError(
+                f"{file}: found the edge half of a model (layers 0 to {spec.last_layer}), expected the cloud "
+                "half or a whole one; this one is for `edgert run --cloud`"
+            )
+        engine = plan(spec, opened.size, sequences=places, **options)
 
         def ready(port: int) -> None:
-            spec = opened.spec
             held = f"layers {spec.first_layer} to {spec.last_layer} of {spec.layers}"
-            address = Address(config.listen.host, port)
             safe = "no TLS" if tls is None else "mutual TLS"
-            kernels = target.lowering().name
             room = f"{places} places of {engine.context}"
-            print(f"edgert: {file} ({held}) at {address}, {safe}, {room}, {kernels}", flush=True)
+            many = "" if replicas == 1 and ray is None else f"{replicas} replicas of "
+            kernels = target.lowering().name
+            print(
+                f"edgert: {file} ({held}) at {Address(address.host, port)}, {safe}, {many}{room}, {kernels}",
+                flush=True,
+            )
 
+        if replicas > 1 or ray is not None:
+            _check_ray_installed()
+            from edgert.handoff.cluster import ClusterConfig, serve_replicas
+
+            cluster = ClusterConfig(address, replicas, tls, limits, drain, ray, answering)
+            asyncio.run(serve_replicas(file, engine, cluster, ready))
+            return
+        counters = Metrics()
+        config = ServerConfig(address, certificates, limits, drain)
+        forward = Forward(Weights.of_file(opened), engine)
+        if answering is not None:
+            counters.serve(answering.host, answering.port)
         try:
             asyncio.run(serve(opened, forward, config, ready, counters))
         finally:
             forward.close()
+
+
+def _check_ray_installed() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise DeviceError("found no ray, which replicas need; install it: pip install 'edgert[cluster]'")
 
 
 @click.command("certs")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from edgert.errors import LinkError
 from edgert.handoff.handoff_pb2 import STATES_NONE, Ask, Draft, FromCloud, FromEdge, Hello, Rows, Sampling
 from edgert.handoff.states import Chain, Wire, encode, row_bytes
-from edgert.handoff.transport import OPTIONS, Address, Certificates, check_secure
+from edgert.handoff.transport import OPTIONS, Address, Certificates, check_secure, plain_reason
 from edgert.handoff.upper import Failure
 from edgert.handoff.wire import METHOD, STATES_OF, VERSION, read_choice, sampling_message
 from edgert.sampling import Choice, Sampler
@@ -258,7 +258,9 @@ class Link:
                 self._hear(stream, data)
             return grpc.StatusCode.OK, "the cloud ended the stream"
         except grpc.RpcError as error:
-            return error.code(), f"{self._config.address}: {error.details() or error.code().name.lower()}"
+            details = error.details() or error.code().name.lower()
+            reason = plain_reason(details, self._config.certificates is not None)
+            return error.code(), f"{self._config.address}: {reason}"
         except LinkError as error:
             call.cancel()
             return grpc.StatusCode.DATA_LOSS, f"{self._config.address}: {error}"

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
+from edgert.errors import LinkError
+
 
 class Metrics:
     """Counters of one cloud half, in a registry of their own."""
@@ -49,5 +51,8 @@ class Metrics:
         self._rows_per_forward.observe(rows)
 
     def serve(self, host: str, port: int) -> None:
-        """Answer Prometheus at http://HOST:PORT/metrics, from a thread of its own."""
-        start_http_server(port, addr=host, registry=self.registry)
+        """Answer Prometheus at http://HOST:PORT/metrics, from a thread of its own; or raise LinkError."""
+        try:
+            start_http_server(port, addr=host, registry=self.registry)
+        except OSError as error:
+            raise LinkError(f"metrics cannot be served on {host}:{port} ({error.strerror})") from None

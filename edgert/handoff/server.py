@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -29,6 +29,7 @@ class ServerConfig:
     certificates: Certificates | None = None
     limits: Limits = field(default_factory=Limits)
     drain_s: float = 5.0  # for open questions, once it is asked to end
+    gateway_key: str = ""  # who shows it speaks for others: a gateway, which names its clients
 
 
 async def serve(
@@ -40,30 +41,60 @@ async def serve(
 ) -> None:
     """Serve until SIGINT or SIGTERM, or until cancelled; `ready` is told the port.
 
-    The first signal drains: no new questions, open ones are answered. Raises LinkError where the address
-    is taken, OptionError for one that is open to others without certificates.
+    The first signal drains: no new questions, open ones are answered. Raises as `running` does.
+    """
+    async with running(file, forward, config, metrics) as port:
+        ready(port)
+        await until_told()
+
+
+@contextlib.asynccontextmanager
+async def running(
+    file: ErtFile, forward: Forward, config: ServerConfig, metrics: Metrics
+) -> AsyncIterator[int]:
+    """A cloud half that serves meanwhile, and drains at the end; gives its port.
+
+    Raises LinkError where the address is taken, OptionError for one that is open to others without
+    certificates.
     """
     check_secure(config.listen, config.certificates)
-    service = Service(forward, identity(file), tokenizer_identity(file), config.limits, metrics)
-    checks = health.aio.HealthServicer()
-    server = grpc.aio.server(
-        options=[*OPTIONS, ("grpc.max_receive_message_length", config.limits.message_bytes + FRAMING)]
+    service = Service(
+        forward, identity(file), tokenizer_identity(file), config.limits, metrics, config.gateway_key
     )
-    server.add_generic_rpc_handlers((service.handler(),))
+    _warm_up(forward)
+    try:
+        async with listening(
+            service.handler(), config.listen, config.certificates, config.limits.message_bytes
+        ) as (port, leave):
+            yield port
+            await leave()
+            await service.drain(config.drain_s)
+    finally:
+        await service.close()
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    handler: grpc.GenericRpcHandler,
+    listen: Address,
+    certificates: Certificates | None,
+    message_bytes: int,
+) -> AsyncIterator[tuple[int, Callable[[], Awaitable[None]]]]:
+    """A gRPC server with its health service; gives its port, and what says that it is about to end."""
+    checks = health.aio.HealthServicer()
+    own_port = ("grpc.so_reuseport", 0)  # a second server on the same port is an error, not a partner
+    longest = ("grpc.max_receive_message_length", message_bytes + FRAMING)
+    server = grpc.aio.server(options=[*OPTIONS, own_port, longest])
+    server.add_generic_rpc_handlers((handler,))
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     for name in ("", NAME):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    _warm_up(forward)
-    port = _bind(server, config)
+    port = _bind(server, listen, certificates)
     await server.start()
     try:
-        ready(port)
-        await _until_told()
-        await checks.enter_graceful_shutdown()
-        await service.drain(config.drain_s)
+        yield port, checks.enter_graceful_shutdown
     finally:
         await server.stop(0.5)
-        await service.close()
 
 
 def _warm_up(forward: Forward) -> None:
@@ -74,18 +105,19 @@ def _warm_up(forward: Forward) -> None:
     forward.cache.rewind(0)
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
+def _bind(server: grpc.aio.Server, listen: Address, certificates: Certificates | None) -> int:
     try:
-        if config.certificates is None:
-            port: int = server.add_insecure_port(str(config.listen))
+        if certificates is None:
+            port: int = server.add_insecure_port(str(listen))
         else:
-            port = server.add_secure_port(str(config.listen), config.certificates.server())
+            port = server.add_secure_port(str(listen), certificates.server())
         return port
     except RuntimeError:
-        raise LinkError(f"cannot listen on {config.listen}; choose a free port of this machine") from None
+        raise LinkError(f"cannot listen on {listen}; choose a free port of this machine") from None
 
 
-async def _until_told() -> None:
+async def until_told() -> None:
+    """Wait for SIGINT or SIGTERM."""
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hmac
 import logging
 from collections.abc import AsyncIterator
 from typing import Any, Final
@@ -13,7 +14,7 @@ from edgert.handoff.batches import Batches, Question
 from edgert.handoff.handoff_pb2 import Ack, Answer, Ask, Draft, FromCloud, FromEdge, Resend, Rows, Welcome
 from edgert.handoff.metrics import Metrics
 from edgert.handoff.sessions import Limits, RefusedError, Session, Sessions, check_draft, check_hello
-from edgert.handoff.wire import NAME, VERSION
+from edgert.handoff.wire import CLIENT_HEADER, KEY_HEADER, NAME, VERSION
 from edgert.model.forward import Forward
 from edgert.state import MAX_OUTPUTS
 
@@ -27,6 +28,7 @@ _CODES: Final = {
     "replaced": grpc.StatusCode.ABORTED,
     "draining": grpc.StatusCode.UNAVAILABLE,
     "internal": grpc.StatusCode.INTERNAL,
+    "stranger": grpc.StatusCode.UNAUTHENTICATED,
 }
 _MOST_AHEAD: Final = 4096
 """Tokens one question may ask for. A longer answer than any context is a mistake."""
@@ -36,9 +38,15 @@ class Service:
     """Serves sessions of one model half. Made and used within one event loop."""
 
     def __init__(
-        self, forward: Forward, model: str, tokenizer: str, limits: Limits, metrics: Metrics
+        self,
+        forward: Forward,
+        model: str,
+        tokenizer: str,
+        limits: Limits,
+        metrics: Metrics,
+        gateway_key: str = "",
     ) -> None:
-        self.metrics = metrics
+        self.metrics, self._gateway_key = metrics, gateway_key
         self._forward, self._limits = forward, limits
         self._model, self._tokenizer = model, tokenizer
         spec = forward.spec
@@ -68,7 +76,11 @@ class Service:
 
     async def _session(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         """One stream: a reader takes messages in, this generator sends what is put into its queue."""
-        stream = _Stream(_client_of(context))
+        try:
+            stream = _Stream(client_of(context, self._gateway_key))
+        except RefusedError as refusal:
+            self.metrics.refusals.labels(refusal.reason).inc()
+            await context.abort(_CODES[refusal.reason], str(refusal))
         reader = asyncio.create_task(self._read(requests, stream))
         try:
             while isinstance(message := await stream.out.get(), FromCloud):
@@ -218,8 +230,16 @@ class _Stream:
         self.out.put_nowait(answer if isinstance(answer, RefusedError) else FromCloud(answer=answer))
 
 
-def _client_of(context: Any) -> str:
-    """Who speaks: the common name in the client's certificate; without TLS (loopback only) "local"."""
+def client_of(context: Any, gateway_key: str) -> str:
+    """Who speaks: the common name in the client's certificate; without TLS (loopback only) "local".
+
+    Behind a gateway (gateway.py) it is whom the gateway names, and nobody comes another way: RefusedError.
+    """
+    if gateway_key:
+        told = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
+        if not hmac.compare_digest(told.get(KEY_HEADER, "").encode(), gateway_key.encode()):
+            raise RefusedError("stranger", "found a stream that did not come through the gateway")
+        return told.get(CLIENT_HEADER, "")
     with contextlib.suppress(IndexError, UnicodeDecodeError):
         names: list[bytes] = context.auth_context().get("x509_common_name", [])
         return names[0].decode()

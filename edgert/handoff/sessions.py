@@ -20,7 +20,9 @@ from edgert.handoff.wire import VERSION, WIRE_OF, read_sampling
 from edgert.kv_cache import KvCache
 from edgert.sampling import Sampler
 
-Reason = Literal["malformed", "mismatch", "too many", "too large", "replaced", "draining", "internal"]
+Reason = Literal[
+    "malformed", "mismatch", "too many", "too large", "replaced", "draining", "internal", "stranger"
+]
 
 
 class RefusedError(LinkError):
@@ -282,5 +284,7 @@ def check_hello(hello: Hello, model: str, tokenizer: str, first_layer: int, laye
     if (hello.states == STATES_NONE) != (hello.layer == 0) or hello.states not in (STATES_NONE, *WIRE_OF):
         raise RefusedError("malformed", f"rows of kind {hello.states} for layer {hello.layer}")
     if not first_layer <= hello.layer < layers or (first_layer and hello.layer != first_layer):
-        held = f"layers {first_layer} to {layers}"
-        raise RefusedError("mismatch", f"rows enter at layer {hello.layer}; the cloud holds {held}")
+        wanted = "all layers" if hello.layer == 0 else f"the layers from {hello.layer} on"
+        raise RefusedError(
+            "mismatch", f"found a cloud half of layers {first_layer} to {layers}; this edge needs {wanted}"
+        )

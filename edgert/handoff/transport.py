@@ -91,3 +91,29 @@ def check_secure(address: Address, certificates: Certificates | None) -> None:
             f"{address} is not this machine, and there are no certificates; hidden values reveal the text, "
             "so give --tls FOLDER (make one with `edgert certs`)"
         )
+
+
+_REASONS: Final = (
+    ("Connection refused", "nothing listens there"),
+    ("DNS resolution failed", "no such host"),
+    ("Hostname Verification", "its certificate was not made for this name; see `edgert certs --host`"),
+    ("WRONG_VERSION_NUMBER", "it speaks no TLS; leave --tls out"),
+    (
+        "SSL_ERROR",
+        "its certificate and ours are not of one authority; give both sides the same --tls",
+    ),
+    ("handshake failed", "its certificate and ours are not of one authority, or it speaks no TLS"),
+)
+"""What gRPC says of a connection that failed, and what that means to a user."""
+
+
+def plain_reason(details: str, secure: bool) -> str:
+    """One short line for what gRPC has to say of a stream's end."""
+    for sign, reason in _REASONS:
+        if sign in details:
+            return reason
+    if any(sign in details for sign in ("Socket closed", "Connection reset", "Broken pipe")):
+        return "the connection was closed" + (
+            "" if secure else "; where the server has --tls, give --tls too"
+        )
+    return details.removeprefix("failed to connect to all addresses; last error: ")

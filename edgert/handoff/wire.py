@@ -11,6 +11,8 @@ from edgert.sampling import Choice, Sampler
 VERSION: Final = 1
 NAME: Final = "edgert.handoff.v1.Handoff"
 METHOD: Final = f"/{NAME}/Session"
+CLIENT_HEADER: Final = "edgert-client"  # metadata of a gateway's streams to a replica: whom it speaks for,
+KEY_HEADER: Final = "edgert-key"  # and the proof that it is the gateway
 WIRE_OF: Final[dict[States, Wire]] = {STATES_F32: "f32", STATES_F16: "f16", STATES_INT8: "int8"}
 STATES_OF: Final[dict[Wire, States]] = {wire: number for number, wire in WIRE_OF.items()}
 
