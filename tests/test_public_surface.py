@@ -19,11 +19,12 @@ NEED_TORCH = {f"edgert.training.{name}" for name in ("draft", "exits", "run", "t
 NEED_CLOUD = {
     f"edgert.handoff.{name}"
     for name in (
-        *("batches", "certs", "drafted", "handoff_pb2", "link", "metrics", "remote", "server", "service"),
-        *("sessions", "transport", "wire"),
+        *("batches", "certs", "drafted", "gateway", "handoff_pb2", "link", "metrics", "remote", "server"),
+        *("service", "sessions", "transport", "wire"),
     )
 }
-NEED_EXTRAS = NEED_TORCH | NEED_CLOUD
+NEED_RAY = {"edgert.handoff.cluster"}  # imported by tests/test_handoff_cluster.py
+NEED_EXTRAS = NEED_TORCH | NEED_CLOUD | NEED_RAY
 ONLY_INSIDE = ("kernels", "converters", "devices")
 
 
