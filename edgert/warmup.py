@@ -30,6 +30,8 @@ def warm_up() -> None:
     forward = Forward(random_weights(spec, "q4"), EngineConfig(threads=1, context=32, chunk=8))
     logits = forward.run([1, 2], outputs=[1])
     Sampler(SamplingParams(), spec.vocab).choose(logits[0])
+    forward.run([3, 4], parents=[-1, -1])
+    forward.keep([1])  # of a tree of guesses
     forward.close()
     store.warm_up()
 

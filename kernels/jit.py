@@ -35,7 +35,7 @@ ENTRY = "enter"
 """The function that everything else is compiled into (execute.py): a person waits for this one."""
 
 _log = logging.getLogger("edgert.kernels")
-_root: Path | None = None  # set by `use_cache_root`; None: the user's cache folder
+_root: Path | None = None  # set by `use_cache_root`; None: as the environment says
 _refusal: str | None = None  # why the cache is not used, once that is known
 
 
@@ -58,6 +58,10 @@ def cache_key() -> str:
 
 
 def _default_root() -> Path | None:
+    """EDGERT_CACHE_DIR, or else a folder in the user's home."""
+    named = os.environ.get("EDGERT_CACHE_DIR")
+    if named:
+        return Path(named)
     try:
         return Path.home() / ".cache" / "edgert"
     except RuntimeError:  # no home at all

@@ -155,6 +155,7 @@ def test_no_home_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(jit, "_root", None)
+    monkeypatch.delenv("EDGERT_CACHE_DIR", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
     assert jit.cache_folder() is None
     assert "there is no home folder" in jit.cache_report()
@@ -171,6 +172,13 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert (found["hits"], found["misses"]) == (0, 1)
     assert warnings == ""
     return cache
+
+
+@pytest.mark.compiled
+def test_the_environment_names_the_root_to_the_library_too(compiled_once: Path) -> None:
+    found, warnings = topk("", EDGERT_CACHE_DIR=str(compiled_once))
+    assert (found["hits"], found["misses"], warnings) == (1, 0, "")
+    assert Path(found["report"]).parent == compiled_once
 
 
 @pytest.mark.compiled
@@ -294,7 +302,7 @@ def getpwuid(uid):
     raise KeyError(uid)
 pwd.getpwuid = getpwuid
 """
-    found, warnings = topk("", nobody, HOME=None)
+    found, warnings = topk("", nobody, HOME=None, EDGERT_CACHE_DIR=None)
     assert found["hits"] == 0
     assert "there is no home folder" in found["report"]
     assert "compiled kernels are not kept" in warnings

@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 import click
@@ -64,7 +63,6 @@ def main() -> None:
     logging.basicConfig(format="edgert: %(message)s", level=logging.WARNING)
     logging.getLogger("edgert").setLevel(logging.INFO)
     try:
-        _use_environment()
         status = command(arguments or ["--help"], prog_name="edgert", standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except click.exceptions.Abort:
@@ -83,15 +81,6 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         _fail_with(error)
-
-
-def _use_environment() -> None:
-    """EDGERT_CACHE_DIR: where compiled kernels are kept."""
-    folder = os.environ.get("EDGERT_CACHE_DIR")
-    if folder:
-        from edgert.kernels import jit
-
-        jit.use_cache_root(Path(folder))
 
 
 def _fail_with(error: Exception) -> None:
