@@ -281,7 +281,7 @@ class EngineConfig:
     thresholds: tuple[float, ...] = ()  # per layer: activations below it are zero; () for none
     predict: bool = False  # gates of neurons that the file's predictors take for silent are not read
     exact: bool = False  # thresholds and predictors are for drafts alone
-    expert_slots: int = 0  # experts held in memory while the others stay in the file; 0: all, mapped
+    slots: int = 0  # experts, or neurons, held in memory while the others stay in the file; 0: all, mapped
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from edgert.config import EngineConfig
 from edgert.decoding import Commit, Decoder, Plain, Report, TokenSequence
-from edgert.experts import ExpertStore
+from edgert.flash import Store
 from edgert.model.forward import Forward
 from edgert.sampling import Sampler
 from edgert.state import MAX_OUTPUTS, Weights
@@ -21,7 +21,7 @@ class Engine:
         weights: Weights,
         config: EngineConfig,
         decoder: Decoder | None = None,
-        store: ExpertStore | None = None,
+        store: Store | None = None,
     ) -> None:
         self.forward = Forward(weights, config, store)
         self.sequence = TokenSequence(self.forward)

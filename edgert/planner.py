@@ -8,6 +8,7 @@ from pathlib import Path
 from edgert import tiling
 from edgert.config import KV_TYPES, EngineConfig, KvType, ModelSpec, Tiling
 from edgert.errors import MemoryBudgetError, OptionError
+from edgert.flash import Parts
 from edgert.kernels import jit
 from edgert.kernels import kv as kv_kernels
 from edgert.kernels.attention import MOST_HEADS
@@ -95,12 +96,12 @@ def plan(
     chunk: int | None = None,
     sequences: int = 1,
     draft_bytes: int = 0,
-    expert_bytes: tuple[int, ...] = (),
+    streamed: Parts | None = None,
 ) -> EngineConfig:
     """The configuration to run a model with; raises MemoryBudgetError when it cannot fit in `ram`.
 
-    draft_bytes: what a draft model takes beside it. expert_bytes: of each expert in its file, part of
-    weight_bytes; as many as fit are held in memory where all of them do not.
+    draft_bytes: what a draft model takes beside it. streamed: what of weight_bytes can be read when it is
+    needed; as much as fits is held in memory where all of it does not.
     """
     if kv not in KV_TYPES:
         raise OptionError(f"kv is {kv!r}; expected one of {', '.join(KV_TYPES)}")
@@ -119,20 +120,18 @@ def plan(
         compiling = 0 if jit.is_cached() else COMPILING_BYTES
         cache, buffers = cache_bytes(spec, config), buffer_bytes(spec, config)
         fixed = BASE_BYTES + compiling + cache + buffers + draft_bytes
-        slots = _slots(budget - fixed - weight_bytes, expert_bytes)
-        # Without its experts, and with the fewest slots that serve.
-        least = fixed + weight_bytes
-        if expert_bytes:
-            least += _fewest_slots(spec) * max(expert_bytes) - sum(expert_bytes)
-        if fixed + weight_bytes > budget and slots < _fewest_slots(spec):
+        whole = fixed + weight_bytes
+        rest = whole - streamed.nbytes if streamed else whole  # without what can be streamed
+        slots = streamed.slots(budget - rest) if streamed else 0
+        if whole > budget and (streamed is None or slots < streamed.fewest):
+            least = min(whole, rest + streamed.least) if streamed else whole
             draft = f", the draft {_mib(draft_bytes)}" if draft_bytes else ""
             less = " (after `edgert warmup` less)" if compiling else ""
             held = f"weights {_mib(weight_bytes)}"
-            if expert_bytes:
+            if streamed and least < whole:
                 held = (
-                    f"weights without experts {_mib(weight_bytes - sum(expert_bytes))}, room for "
-                    f"{_fewest_slots(spec)} of {len(expert_bytes)} experts "
-                    f"{_mib(_fewest_slots(spec) * max(expert_bytes))}"
+                    f"weights without {streamed.name} {_mib(weight_bytes - streamed.nbytes)}, room for "
+                    f"{streamed.fewest} of {streamed.count} {streamed.name} {_mib(streamed.least)}"
                 )
             raise MemoryBudgetError(
                 f"ram is {_mib(budget)}, but this needs {_mib(least)}: {held}, a cache "
@@ -140,21 +139,9 @@ def plan(
                 f"kernels {_mib(BASE_BYTES + compiling)}{less}; give at least {_mib(least)}, or a smaller "
                 "context"
             )
-        if fixed + weight_bytes > budget:
-            config = replace(config, expert_slots=slots)
+        if whole > budget:
+            config = replace(config, slots=slots)
     return config
-
-
-def _fewest_slots(spec: ModelSpec) -> int:
-    """Experts that must fit: those of one token, or two, so that one is read while the other is computed."""
-    return max(2, spec.active_experts)
-
-
-def _slots(room: int, expert_bytes: tuple[int, ...]) -> int:
-    """Experts that fit into memory, of a size for the largest. room: what all weights would leave free."""
-    if not expert_bytes:
-        return 0
-    return max(0, min(len(expert_bytes), (room + sum(expert_bytes)) // max(expert_bytes)))
 
 
 def _positive(name: str, value: int | None, default: int, most: int) -> int:

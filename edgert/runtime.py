@@ -12,16 +12,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert import experts, neurons
 from edgert.chat import render_chat
 from edgert.config import EngineConfig, KvType, ModelSpec, SamplingParams
 from edgert.decoding import Decoder
 from edgert.engine import Engine
 from edgert.errors import ModelFileError, OptionError, UsageError
 from edgert.events import Completion
-from edgert.experts import open_streamed
-from edgert.flash import Streaming
+from edgert.flash import Parts, Store, Streaming
 from edgert.format import ErtFile
-from edgert.format.layout import page_padded
 from edgert.format.verify import check
 from edgert.generation import Generation, Turns
 from edgert.handoff.setup import HandoffConfig, make_decoder
@@ -65,7 +64,8 @@ def load(
     most guesses checked at once, 2 to 64. draft_store: a file that keeps what lookup saw between runs.
     draft_learn: correct the draft's head by what the model chooses, as long as it is loaded.
 
-    streaming: how experts are read from the file where `ram` does not hold them all; None for defaults.
+    streaming: how experts, or neurons, are read from the file where `ram` does not hold them all; None for
+    defaults.
 
     sparsity: of a file converted with a share of zeros, "auto" takes its small activations for zero, and of
     one with predictors the neurons that they expect to be silent, which is not exact; "none" computes them.
@@ -107,7 +107,7 @@ def load(
         kv=kv,
         chunk=chunk,
         draft_bytes=guesses.nbytes if guesses else 0,
-        expert_bytes=tuple(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert"),
+        streamed=_parts(file),
     )
     if file.spec.neurons and sparsity == "auto":
         exact = guesses is not None and "sparse" in guesses.names
@@ -138,9 +138,10 @@ class Model:
         self.size = file.size  # bytes
         json_bytes = file.tokenizer_json()
         self._tokenizer = None if json_bytes is None else Tokenizer(json_bytes)
-        weights, store = Weights.of_file(file), None
-        if config.expert_slots:
-            weights, store = open_streamed(file, config.expert_slots, streaming or Streaming())
+        weights: Weights = Weights.of_file(file)
+        store: Store | None = None
+        if config.slots:
+            weights, store = _streamed(file, config.slots, streaming or Streaming())
         self._engine = Engine(weights, config, decoder, store)
         self._turns = Turns()
 
@@ -250,6 +251,20 @@ class Model:
         if not ids:
             raise UsageError("there are no tokens; expected at least one")
         return ids
+
+
+def _parts(file: ErtFile) -> Parts | None:
+    """What of the file can be read when it is needed."""
+    if file.spec.neurons:
+        return neurons.neuron_parts(file.spec, file.tensors)
+    return experts.expert_parts(file.spec, file.tensors) if file.spec.experts else None
+
+
+def _streamed(file: ErtFile, slots: int, streaming: Streaming) -> tuple[Weights, Store]:
+    """The weights without what is read when it is needed, and what reads that."""
+    if file.spec.neurons:
+        return neurons.open_streamed(file, slots, streaming)
+    return experts.open_streamed(file, slots, streaming)
 
 
 def _check_whole(file: ErtFile) -> None:

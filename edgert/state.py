@@ -4,6 +4,7 @@ Every buffer is a span of one float32 array, every quantised row a span of three
 that compiled code gets a handful of arrays and indices (see kernels/program.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,14 +34,25 @@ class Neurons(NamedTuple):
     """Where the up and down of a feed-forward lie neuron by neuron (see kernels/neuron_packing.py)."""
 
     quant: int  # as in kernels/matmul.py
-    at: int  # byte in the weights
+    at: int  # byte in the weights; from flash, of the scales of down in the store's arena
+    whole: int  # byte where all of it lies, or, from flash, comes to lie for a chunk of a prompt
+    word: int = -1  # of the store's table: the place of the first neuron; below 0: nothing is streamed
+    file_at: int = 0  # byte in the file
+    nbytes: int = 0
 
 
 class Weights:
     """The tensors of a model in one byte array: a mapped file, or random ones for a benchmark."""
 
-    def __init__(self, spec: ModelSpec, data: NDArray[np.uint8], tensors: dict[str, StoredTensor]) -> None:
-        self.spec = spec
+    def __init__(
+        self,
+        spec: ModelSpec,
+        data: NDArray[np.uint8],
+        tensors: dict[str, StoredTensor],
+        neurons: Sequence[Neurons] = (),
+    ) -> None:
+        """neurons: of each layer held, where a store streams them."""
+        self.spec, self._neurons = spec, neurons
         # A view that cannot be written, as that of a mapped file: numba would compile the kernels
         # once more for an array that can.
         self.data = data.view()  # [file size] uint8
@@ -60,8 +72,10 @@ class Weights:
 
     def neurons(self, layer: int) -> Neurons:
         """The neurons of a layer that has them one by one."""
+        if self._neurons:
+            return self._neurons[layer - self.spec.first_layer]
         tensor = self.tensors[neurons_name(layer)]
-        return Neurons(QUANTS.index(tensor.quant), tensor.offset)
+        return Neurons(QUANTS.index(tensor.quant), tensor.offset, tensor.offset)
 
     def vector(self, name: str) -> int:
         """The byte where a float32 vector starts; -1 where the model has none of that name."""

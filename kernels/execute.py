@@ -35,8 +35,8 @@ def _execute(
         unit = atomics.fetch_add(tickets, i, 1) if shared else 0
         while unit < units:
             run_unit(
-                c, real, cap, unit, count, me, w, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows,
-                paths, job,
+                c, real, cap, unit, count, me, w, pool, table, f, xq, xs, xn, kv, spare, spare_view, routes,
+                rows, paths, job,
             )  # fmt: skip
             unit = atomics.fetch_add(tickets, i, 1) if shared else unit + 1
         i += 1

@@ -73,7 +73,7 @@ def units_of_gate(c, routes):
 
 
 @inlined
-def run_gate(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
+def run_gate(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view):
     """16 gates that are wanted, or 16 of all."""
     quant, w_at, groups, width, at, x, into = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
     g, stride, work, out = c[10], c[11], c[12] + me * c[13], me * c[14]
@@ -100,6 +100,6 @@ def run_gate(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
         for i in range(count):
             f[row + routes[first + i]] = np.float32(0.0)
         neurons.add_up(
-            quant, w, w_at, neurons.NONE, apart, groups, routes, first, count, xq,
+            quant, w, w_at, neurons.NONE, apart, neurons.NOWHERE, table, groups, routes, first, count, xq,
             into * 32 + t * spans * 512, xs, xn, x + t * groups, f, work, row,
         )  # fmt: skip

@@ -11,7 +11,7 @@ up and down are then brought into the order of rows16, some blocks at a time, an
 
 import numpy as np
 
-from edgert.kernels import matmul, neuron_tiles, simd
+from edgert.kernels import matmul, neuron_reads, neuron_tiles, simd
 from edgert.kernels.activation import activated
 from edgert.kernels.jit import inlined, jit, kernel
 from edgert.kernels.neuron_packing import SLICE
@@ -21,6 +21,8 @@ MOST_ROWS = 8
 """Rows up to which single neurons are computed: where 15% fire for one row, 73% do for any of 8 unrelated."""
 NONE, ONE = np.int64(0), np.int64(1)
 """For arguments of `matmul`: numba would compile it once more for a literal 0."""
+NOWHERE = np.int64(-1)
+"""For `word` where nothing comes from flash."""
 BATCH = 16
 """Neurons of a unit of up: one lane each."""
 ROWS_AHEAD = 7
@@ -48,8 +50,19 @@ def slice_bytes(quant):
 
 @jit
 def _neuron(n, w_at, scales, bundle):
-    """The byte where neuron n starts."""
+    """The byte where neuron n of whole clusters starts."""
     return w_at + n // 32 * (scales + 32 * bundle) + scales + n % 32 * bundle
+
+
+@jit
+def _place(n, w_at, scales, bundle, word, table):
+    """The byte where neuron n starts: in its cluster, or, from flash, where `table` says.
+
+    One that has not arrived may be asked for early, but nothing comes of it: any byte will do.
+    """
+    if word < 0:
+        return _neuron(n, w_at, scales, bundle)
+    return max(NONE, table[word + max(NONE, n)])
 
 
 @kernel(_twin.activate)
@@ -93,10 +106,14 @@ def list_live(g, g_at, stride, rows, width, routes, at):
 
 
 @kernel(_twin.add_up)
-def add_up(quant, w, w_at, scales, bundle, groups, routes, first, count, x, x_at, xs, xn, s_at, f, work, y):
+def add_up(
+    quant, w, w_at, scales, bundle, word, table, groups, routes, first, count, x, x_at, xs, xn, s_at, f, work,
+    y,
+):  # fmt: skip
     """f[y + n] += W_up[n] x for the up to 16 neurons n at routes[first : first + count]; more follow them.
 
-    The rows lie `bundle` bytes apart, with `scales` bytes before each 32 of them.
+    The rows lie `bundle` bytes apart, with `scales` bytes before each 32 of them; or, where `word` is not
+    below 0, each where `table` says, from that word on.
     x: spread int8 from x_at, with scales and sums from group s_at. Bit for bit the sums of `matmul`.
     work: 33 * 16 floats for every span.
     """
@@ -104,14 +121,14 @@ def add_up(quant, w, w_at, scales, bundle, groups, routes, first, count, x, x_at
     stride, factors = spans * 16, work + spans * 256
     for i in range(0, count, neuron_tiles.ROWS):
         here, sums, products = first + i, work + i * stride, factors + i * stride
-        a = _neuron(routes[here], w_at, scales, bundle)
-        b = _neuron(routes[here + 1], w_at, scales, bundle)
-        c = _neuron(routes[here + 2], w_at, scales, bundle)
-        d = _neuron(routes[here + 3], w_at, scales, bundle)
-        e = _neuron(routes[here + 4], w_at, scales, bundle)
-        g = _neuron(routes[here + 5], w_at, scales, bundle)
-        h = _neuron(routes[here + 6], w_at, scales, bundle)
-        j = _neuron(routes[here + 7], w_at, scales, bundle)
+        a = _place(routes[here], w_at, scales, bundle, word, table)
+        b = _place(routes[here + 1], w_at, scales, bundle, word, table)
+        c = _place(routes[here + 2], w_at, scales, bundle, word, table)
+        d = _place(routes[here + 3], w_at, scales, bundle, word, table)
+        e = _place(routes[here + 4], w_at, scales, bundle, word, table)
+        g = _place(routes[here + 5], w_at, scales, bundle, word, table)
+        h = _place(routes[here + 6], w_at, scales, bundle, word, table)
+        j = _place(routes[here + 7], w_at, scales, bundle, word, table)
         if quant == matmul.Q4:
             _rows_q4(w, x, xs, xn, f, a, b, c, d, spans, x_at, s_at, sums, products, stride, e, g, h, j)
         else:
@@ -127,21 +144,24 @@ QUAD_LIST = 8 * neuron_tiles.QUAD_WORDS
 
 
 @jit
-def _list_quads(xq, at, columns, bundle, routes, quads):
-    """The neurons of a group whose int8 from xq[at] is not zero, in fours, to routes[quads]; how many fours.
+def _list_quads(xq, h_at, g, inside, w_at, scales, bundle, word, table, routes, quads):
+    """The neurons of group g whose int8 is not zero, in fours, to routes[quads]; how many fours.
 
-    The last four is filled with its first neuron, times zero.
+    inside: the byte of a neuron from which its column is wanted. The last four is filled with its first
+    neuron, times zero.
     """
+    at, group = (h_at + g) * 32, g * 32
     mask, count = neuron_tiles.nonzero(xq, at), 0
     while mask != 0:
         into = quads + count * neuron_tiles.QUAD_WORDS
-        first = columns + neuron_tiles.lowest_bit(mask) * bundle
+        n = group + neuron_tiles.lowest_bit(mask)
+        first = _place(n, w_at, scales, bundle, word, table) + inside
         h = np.int64(0)
         for i in range(4):
             place = first
             if mask != 0:
                 n = neuron_tiles.lowest_bit(mask)
-                place = columns + n * bundle
+                place = _place(group + n, w_at, scales, bundle, word, table) + inside
                 h |= (np.int64(xq[at + n]) & 255) << (8 * i)
                 mask &= mask - 1
             routes[into + i] = place
@@ -151,10 +171,13 @@ def _list_quads(xq, at, columns, bundle, routes, quads):
 
 
 @kernel(_twin.add_down)
-def add_down(quant, w, w_at, groups, inner, first, last, xq, xs, xn, h_at, f, work, y, routes, quads):
+def add_down(
+    quant, w, w_at, word, table, groups, inner, first, last, xq, xs, xn, h_at, f, work, y, routes, quads
+):  # fmt: skip
     """f[y + d] += (W_down h)[d] for the outputs d of slices first..last-1, from the `inner` groups of h.
 
     Reads the columns of the neurons whose int8 in xq is not zero. Bit for bit the sums of `matmul`.
+    word: as of `add_up`; at w_at are then the scales alone.
     work: SLICE floats for every slice; quads: two lists of QUAD_LIST words.
     """
     _, _, scales, up, down = sizes(quant, groups)
@@ -162,16 +185,15 @@ def add_down(quant, w, w_at, groups, inner, first, last, xq, xs, xn, h_at, f, wo
     for i in range(slices * SLICE):
         f[work + i] = np.float32(0.0)
     here, there = quads, quads + QUAD_LIST
-    columns = w_at + scales + up + first * slice_bytes(quant)
-    cluster = scales + 32 * bundle
-    count = _list_quads(xq, h_at * 32, columns, bundle, routes, here)
+    inside = up + first * slice_bytes(quant)
+    apart = scales + (32 * bundle if word < 0 else 0)  # from scales to scales
+    count = _list_quads(xq, h_at, NONE, inside, w_at, scales, bundle, word, table, routes, here)
     for g in range(inner):
         coming = 0
         if g + 1 < inner:
-            columns += cluster
-            coming = _list_quads(xq, (h_at + g + 1) * 32, columns, bundle, routes, there)
+            coming = _list_quads(xq, h_at, g + 1, inside, w_at, scales, bundle, word, table, routes, there)
         if count > 0:
-            at, total = w_at + g * cluster + first * 256, np.int64(xn[h_at + g])
+            at, total = w_at + g * apart + first * 256, np.int64(xn[h_at + g])
             if quant == matmul.Q4:
                 _add_q4(w, f, xs, routes, here, count, total, h_at + g, at, slices, work, there, coming)
             else:
@@ -222,6 +244,21 @@ def run_live(c, rows, f, xq, routes):
     return routes[at]
 
 
+@inlined
+def run_read(c, rows, routes, table):
+    """Ask for what the layer needs from flash, where it comes from there."""
+    word, file_at, nbytes, cluster, bundle = c[3], c[4], c[5], c[6], c[7]
+    live, whole, control = c[8], c[9], c[10]
+    if table[control + neuron_reads.FAILED]:
+        return  # the forward is lost, and ends without waiting for anything
+    if rows > MOST_ROWS:
+        neuron_reads.ask_whole(file_at, nbytes, whole, control, table)
+    else:
+        neuron_reads.ask_live(word, file_at, cluster, bundle, live, control, routes, table)
+    if table[control + neuron_reads.ALONE]:
+        neuron_reads.wait_for_all(0, control, table)
+
+
 @jit
 def units_of_up(c, rows, routes):
     """Units of up; never one, so that whoever asks before `run_live` takes it for more than a single."""
@@ -231,14 +268,17 @@ def units_of_up(c, rows, routes):
 
 
 @inlined
-def run_up(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
-    """16 neurons that fire, or 16 of all."""
+def run_up(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view):
+    """16 neurons that fire, or 16 of all; from flash, the next 16 that arrive, whichever those are."""
     quant, w_at, groups, at, x, into = c[3], c[4], c[5], c[7], c[8], c[9]
     g, u, stride, work = c[10], c[11], c[12], c[13] + me * c[14]
     _, _, scales, up, down = sizes(quant, groups)
+    word, whole, control = c[18], c[19], c[20]
     if rows > MOST_ROWS:
+        if control >= 0 and not neuron_reads.wait_for_all(me, control, table):
+            return
         out, n = me * c[15], unit * BATCH
-        block_of_up(quant, w, w_at, scales, up + down, groups, unit, spare, out)
+        block_of_up(quant, w, whole, scales, up + down, groups, unit, spare, out)
         for t in range(rows):
             f[u + t * stride + n : u + t * stride + n + BATCH] = np.float32(0.0)
         matmul.matmul(
@@ -253,14 +293,16 @@ def run_up(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
     if count <= 0:
         return
     first += at + 1
+    if control >= 0 and not neuron_reads.wait_for(me, first, count, control, routes, table):
+        return
     for t in range(rows):
         row, gated = u + t * stride, g + t * stride
         for i in range(count):
             f[row + routes[first + i]] = np.float32(0.0)
         spread_at = into * 32 + t * spans * 512
         add_up(
-            quant, w, w_at, scales, up + down, groups, routes, first, count, xq, spread_at, xs, xn,
-            x + t * groups, f, work, row,
+            quant, w, w_at, scales, up + down, word, table, groups, routes, first, count, xq, spread_at, xs,
+            xn, x + t * groups, f, work, row,
         )  # fmt: skip
         for i in range(count):
             n = routes[first + i]
@@ -274,20 +316,24 @@ def units_of_down(c):
 
 
 @inlined
-def run_down(c, unit, rows, me, w, f, xq, xs, xn, routes, spare, spare_view):
+def run_down(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view):
     """Some slices of the outputs."""
     quant, w_at, groups, inner, size, h = c[3], c[4], c[5], c[6], c[7], c[8]
     y, y_stride, work, out = c[9], c[10], c[11] + me * c[12], me * c[13]
+    word, whole = c[17], c[18]
     first = unit * size
     last = min(first + size, (groups + 3) // 4)
     if rows <= MOST_ROWS:
         for t in range(rows):
             at, quads = h + t * inner, c[16] + me * 2 * QUAD_LIST
             row = y + t * y_stride
-            add_down(quant, w, w_at, groups, inner, first, last, xq, xs, xn, at, f, work, row, routes, quads)
+            add_down(
+                quant, w, w_at, word, table, groups, inner, first, last, xq, xs, xn, at, f, work, row, routes,
+                quads,
+            )  # fmt: skip
         return
     for which in range(first, last):
-        slice_of_down(quant, w, w_at, groups, inner, which, spare, out)
+        slice_of_down(quant, w, whole, groups, inner, which, spare, out)
         blocks = min(8, groups * 2 - which * 8)
         matmul.matmul(
             quant, spare_view, out, inner, NONE, blocks, rows, f, NONE, NONE, xq, xs, xn, h, y + which * 128,

@@ -38,7 +38,8 @@ COLUMNS = 24
     SPARE,
     PREDICTED,
     GATE_ROWS,
-) = range(21)
+    NEURONS_READ,
+) = range(22)
 TOKENS, OUTPUTS, CHOSEN, FORESEEN = range(4)
 """Rows of an operation: all tokens; the wanted ones, gathered from among them; those gathered before; or
 all tokens where the next layer's experts are to be predicted, else none."""
@@ -96,13 +97,14 @@ FIELDS = {
         *("scratch", "scratch_stride", "spare_stride", "most", "ahead"),
     ),
     LIVE: ("x", "groups", "spread", "g", "stride", "width", "live"),
+    NEURONS_READ: ("word", "file_at", "nbytes", "cluster", "bundle", "live", "whole", "control"),
     NEURONS_UP: (
         *("quant", "w_at", "groups", "width", "live", "x", "spread", "g", "u", "stride"),
-        *("scratch", "scratch_stride", "spare_stride", "most", "ahead"),
+        *("scratch", "scratch_stride", "spare_stride", "most", "ahead", "word", "whole", "control"),
     ),
     NEURONS_DOWN: (
         *("quant", "w_at", "groups", "inner", "unit", "h", "y", "y_stride"),
-        *("scratch", "scratch_stride", "spare_stride", "most", "ahead", "quads"),
+        *("scratch", "scratch_stride", "spare_stride", "most", "ahead", "quads", "word", "whole"),
     ),
     SPARE: (
         *("x", "x_stride", "experts", "active", "chosen", "weights", "weights_stride", "table", "control"),
@@ -139,6 +141,7 @@ FIELDS = {
     ACTIVATE    g[t] = act(g[t]), or 0 below the threshold, or where the score is not above zero
                                                                       (real: threshold)
     LIVE        which neurons' g is not zero, and x as NEURONS_UP takes it where it is given; one unit
+    NEURONS_READ  those of them that are not in memory are asked for (neuron_reads.py); one unit
     NEURONS_UP  g[t] *= W_up x[t] for these neurons (neurons.py)
     NEURONS_DOWN  y[t] += W_down h[t], from the neurons whose h is not zero
 

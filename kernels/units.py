@@ -29,6 +29,7 @@ from edgert.kernels.program import (
     MATMUL,
     NEURONS,
     NEURONS_DOWN,
+    NEURONS_READ,
     NEURONS_UP,
     NORM,
     OUTPUT,
@@ -308,7 +309,7 @@ def units_of(c, count, routes):
         return neurons.units_of_down(c)
     if op == GATE_ROWS:
         return gate_rows.units_of_gate(c, routes)
-    if op == GROUP or op == PUBLISH or op == LIVE or op == PREDICTED:
+    if op == GROUP or op == PUBLISH or op == LIVE or op == PREDICTED or op == NEURONS_READ:
         return 1
     if op == EXPERTS or (op == SPARE and count > c[12]):
         return 0
@@ -317,8 +318,9 @@ def units_of(c, count, routes):
 
 @inlined
 def run_unit(
-    c, real, cap, unit, count, me, w, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows, paths, job
-):
+    c, real, cap, unit, count, me, w, pool, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows, paths,
+    job,
+):  # fmt: skip
     """Compute unit `unit` of an operation of `count` rows."""
     op = c[0]
     if op == MATMUL:
@@ -328,17 +330,19 @@ def run_unit(
     elif op == GATE:
         _gate(c, cap, unit, f, xq, xs, xn)
     elif op == NEURONS_UP:
-        neurons.run_up(c, unit, count, me, w, f, xq, xs, xn, routes, spare, spare_view)
+        neurons.run_up(c, unit, count, me, pool, table, f, xq, xs, xn, routes, spare, spare_view)
     elif op == NEURONS_DOWN:
-        neurons.run_down(c, unit, count, me, w, f, xq, xs, xn, routes, spare, spare_view)
+        neurons.run_down(c, unit, count, me, pool, table, f, xq, xs, xn, routes, spare, spare_view)
     elif op == GATE_ROWS:
-        gate_rows.run_gate(c, unit, count, me, w, f, xq, xs, xn, routes, spare, spare_view)
+        gate_rows.run_gate(c, unit, count, me, w, table, f, xq, xs, xn, routes, spare, spare_view)
     elif op == ACTIVATE:
         _activate(c, real, unit, f, rows, job)
     elif op == PREDICTED:
         _predicted(c, count, f, xq, routes, rows, job)
     elif op == LIVE:
         _live(c, count, f, xq, routes, job)
+    elif op == NEURONS_READ:
+        neurons.run_read(c, count, routes, table)
     elif op == NORM:
         _norm(c, real, unit, rows[OUTPUT, unit] if c[1] == OUTPUTS else unit, w, f, xq, xs, xn)
     elif op == HEADS:

@@ -50,11 +50,11 @@ def compiled_already(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_budget_too_small_for_all_experts_streams_them(moe_file: Path) -> None:
     with edgert.load(moe_file) as model:
-        assert model.config.expert_slots == 0
+        assert model.config.slots == 0
         expected = model.generate("Once upon", max_tokens=20, temperature=1.0, seed=3)
         assert "expert_hits" not in expected.stats
     with edgert.load(moe_file, ram=budget(moe_file, 7)) as model:
-        assert model.config.expert_slots == 7
+        assert model.config.slots == 7
         found = model.generate("Once upon", max_tokens=20, temperature=1.0, seed=3)
     assert (found.tokens, found.text) == (expected.tokens, expected.text)
     stats = found.stats
@@ -100,7 +100,7 @@ def test_what_cannot_fit_is_refused_with_the_least_that_would(moe_file: Path) ->
     assert "room for 2 of 38 experts" in message
     assert message.endswith(f"give at least {mib} MiB, or a smaller context")
     with edgert.load(moe_file, ram=least) as model:
-        assert model.config.expert_slots == 2
+        assert model.config.slots == 2
         assert len(model.generate("Once", max_tokens=3).tokens) == 3
 
 
@@ -217,7 +217,7 @@ from edgert.resident import peak_rss_bytes
 path, ram = sys.argv[1], int(sys.argv[2])
 with edgert.load(path, ram=ram, context=512, threads=2) as model:
     done = model.generate(list(range(0, 2000, 5)), max_tokens=24, temperature=2.0, seed=1)
-    slots = model.config.expert_slots
+    slots = model.config.slots
 print(json.dumps([slots, peak_rss_bytes(), done.stats]))
 """
 

@@ -16,6 +16,7 @@ NUMBER = {"q8": matmul.Q8, "q4": matmul.Q4}
 PACK = {"q8": packing.pack_q8, "q4": packing.pack_q4}
 PRODUCT = {"q8": matmul.matmul_q8, "q4": matmul.matmul_q4}
 W_AT = 6
+NO_TABLE = np.zeros(1, np.int64)
 
 quants = st.sampled_from(neuron_packing.QUANTS)
 shapes = st.tuples(inputs.seeds, st.integers(1, 90), st.sampled_from((32, 96, 192, 512, 544, 1056)))
@@ -87,6 +88,8 @@ def up_arguments(case: Case) -> list[Any]:
             case.w,
             W_AT,
             *parts_of_a_cluster(case),
+            -1,
+            NO_TABLE,
             case.groups,
             listed,
             1,
@@ -104,7 +107,8 @@ def down_arguments(case: Case, first: int, last: int) -> list[Any]:
     f[work:] = case.y[0, : case.groups * 32]
     h = case.h[0].copy()
     return [
-        *(case.number, case.w, W_AT, case.groups, case.inner, first, last, h, case.xs, case.sums(h), 0),
+        *(case.number, case.w, W_AT, -1, NO_TABLE, case.groups, case.inner, first, last),
+        *(h, case.xs, case.sums(h), 0),
         *(f, 0, work, np.zeros(85, np.int64), 5),
     ]
 
@@ -131,8 +135,8 @@ def test_a_row_of_up_gives_what_the_whole_matrix_gives(quant: str, shape: Any) -
     arguments = up_arguments(case)
     neurons.add_up(*arguments)
     expected = case.dense(case.up, case.x[: case.groups * 32], case.y[0, : case.inner * 32])
-    chosen = arguments[6][1 : -neurons.ROWS_AHEAD]
-    inputs.same(arguments[14][arguments[16] :][chosen], expected[chosen])
+    chosen = arguments[8][1 : -neurons.ROWS_AHEAD]
+    inputs.same(arguments[16][arguments[18] :][chosen], expected[chosen])
 
 
 @inputs.some
@@ -152,7 +156,7 @@ def test_columns_of_down_give_what_the_whole_matrix_gives(
     expected = before.copy()
     span = slice(first * 128, last * 128)
     expected[span] = case.dense(case.down, case.h[0], before)[span]
-    inputs.same(arguments[11][arguments[13] :], expected)
+    inputs.same(arguments[13][arguments[15] :], expected)
 
 
 @pytest.mark.compiled
@@ -162,14 +166,14 @@ def test_compiled_neurons_equal_their_twins(quant: str, shape: Any) -> None:
     case = Case(quant, *shape)
     slices = NeuronShape.of(quant, case.width).slices
     for kernel, twin, arguments, y in (
-        (neurons.add_up, twins.add_up, up_arguments(case), 16),
-        (neurons.add_down, twins.add_down, down_arguments(case, 0, slices), 13),
+        (neurons.add_up, twins.add_up, up_arguments(case), 18),
+        (neurons.add_down, twins.add_down, down_arguments(case, 0, slices), 15),
     ):
         ours = [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
         theirs = [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
         kernel(*ours)
         twin(*theirs)
-        f = 14 if y == 16 else 11
+        f = 16 if y == 18 else 13
         inputs.same(ours[f][ours[y] :], theirs[f][theirs[y] :])
 
 

@@ -237,9 +237,9 @@ def neuron_sums(quant: str) -> Iterator[Any]:
             test_kernel_neurons.down_arguments(case, 0, sizes.slices),
         )
         neurons.add_up(*up)
-        yield up[14][up[16] :]
+        yield up[16][up[18] :]
         neurons.add_down(*down)
-        yield down[11][down[13] :]
+        yield down[13][down[15] :]
         size = packing.RECORD_BYTES[quant]
         out = np.zeros((sizes.spans * 16 + 8 * case.inner) * size, np.uint8)
         at = test_kernel_neurons.W_AT

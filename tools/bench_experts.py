@@ -30,7 +30,7 @@ import numpy as np
 from routing_replay import Replay, record
 
 import edgert
-from edgert.experts import open_streamed
+from edgert.experts import expert_parts, open_streamed
 from edgert.flash import Streaming
 from edgert.flash.reading import CANDIDATES, rate
 from edgert.format import ErtFile
@@ -83,10 +83,10 @@ def case(args: argparse.Namespace) -> None:
             context=CONTEXT,
             threads=args.threads,
             ram=parse_size(args.ram),
-            expert_bytes=tuple(page_padded(t.nbytes) for t in file.tensors.values() if t.role == "expert"),
+            streamed=expert_parts(file.spec, file.tensors),
             chunk=8,
         )
-        slots = config.expert_slots if chosen.slots is None else file.spec.active_experts
+        slots = config.slots if chosen.slots is None else file.spec.active_experts
         weights, store = open_streamed(file, slots, chosen.streaming)
         replay = Replay(weights, dict(np.load(args.trace)))
         if chosen.mapped:  # the program looks into the mapping, where every expert is

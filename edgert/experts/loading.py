@@ -1,19 +1,17 @@
 """Opening a file whose experts stay on flash: everything else is read into memory, and its mapping left."""
 
-import mmap
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from edgert.errors import ModelFileError, OptionError
 from edgert.experts.store import ExpertStore
-from edgert.flash import FileSource, Joined, Reading, Source, Streaming
-from edgert.flash.reading import Span, read_and_measure
+from edgert.flash import Joined, Reading, Source, Streaming
+from edgert.flash.held import read_held
+from edgert.flash.source import open_source
 from edgert.format import ErtFile, StoredTensor
 from edgert.format.layout import page_padded
-from edgert.format.tensors import TOKENIZER, expert_name, stand_in_name
+from edgert.format.tensors import expert_name, stand_in_name
 from edgert.format.uses import uses_in
 from edgert.state import Weights
 
@@ -23,25 +21,20 @@ def open_streamed(
 ) -> tuple[Weights, ExpertStore]:
     """The weights of a model without its experts, and the store that reads those.
 
-    A mapped file would count what was touched of it as resident, beyond the budget's control; what is
-    read here is what the plan counted. It is read in several ways by turns, and the experts then in the
-    one that was fastest. Raises ModelFileError where a tensor cannot be read, and for stand-ins of another
-    model.
+    The experts are read in the way that was fastest for the rest. Raises ModelFileError where a tensor
+    cannot be read, and for stand-ins of another model.
     """
-    found = source or _opened(file.path)
+    found = source or open_source(file.path)
     try:
-        held = [t for t in file.tensors.values() if t.role != "expert" and t.name != TOKENIZER]
-        memory = mmap.mmap(-1, sum(page_padded(t.nbytes) for t in held))
-        spans, tensors = _spans(held, memoryview(memory))
-        reading, _ = read_and_measure(found, spans)
+        data, tensors, reading = read_held(file, found, "expert")
         if streaming.readers:
             reading = Reading(streaming.readers, reading.piece)
         streamed = dict(file.tensors)
         if streaming.stand_ins:
             stand_ins = _stand_ins(Path(streaming.stand_ins), file)
-            found = Joined(found, _opened(Path(streaming.stand_ins)), page_padded(file.size))
+            found = Joined(found, open_source(Path(streaming.stand_ins)), page_padded(file.size))
             streamed |= stand_ins
-        weights = Weights(file.spec, np.frombuffer(memory, np.uint8), streamed | tensors)
+        weights = Weights(file.spec, data, streamed | tensors)
         uses = uses_in(file.metadata, file.spec) if streaming.pinned else None
         if streaming.pinned and uses is None:
             raise OptionError(
@@ -53,13 +46,6 @@ def open_streamed(
         found.close()
         raise
     return weights, store
-
-
-def _opened(path: Path) -> Source:
-    try:
-        return FileSource(path)
-    except OSError as error:
-        raise ModelFileError(f"{path} cannot be read ({error.strerror}); check its rights") from None
 
 
 def _stand_ins(path: Path, file: ErtFile) -> Mapping[str, StoredTensor]:
@@ -91,26 +77,3 @@ def _stand_ins(path: Path, file: ErtFile) -> Mapping[str, StoredTensor]:
             for expert in range(file.spec.experts if file.spec.has_experts(layer) else 0)
             for tensor in (other.tensors[expert_name(layer, expert)],)
         }
-
-
-def _spans(held: list[StoredTensor], memory: memoryview) -> tuple[list[Span], dict[str, StoredTensor]]:
-    """What to read where: tensors that follow each other in the file as one; and their places in memory."""
-    spans: list[Span] = []
-    tensors: dict[str, StoredTensor] = {}
-    at = 0
-    for tensor in sorted(held, key=lambda t: t.offset):
-        size = page_padded(tensor.nbytes)
-        last = spans[-1] if spans else None
-        if last is not None and last.offset + len(last.into) == tensor.offset:
-            start = at - len(last.into)
-            spans[-1] = Span(
-                f"{last.name.split(' to ')[0]} to {tensor.name}",
-                last.offset,
-                memory[start : at + size],
-                len(last.into) + tensor.nbytes,
-            )
-        else:
-            spans.append(Span(tensor.name, tensor.offset, memory[at : at + size], tensor.nbytes))
-        tensors[tensor.name] = replace(tensor, offset=at)
-        at += size
-    return spans, tensors

@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.config import QUANTS, ModelSpec
-from edgert.flash import Index, Key, Reading, Segment, SegmentStore, Source, Streaming, ring
+from edgert.flash import Index, Key, Parts, Reading, Segment, SegmentStore, Source, Streaming, ring
 from edgert.flash.policy import make_policy
 from edgert.flash.predict import make_predictor
 from edgert.format import StoredTensor
+from edgert.format.layout import page_padded
 from edgert.format.tensors import expert_name, stand_in_name
 from edgert.kernels import experts as kernel
 
@@ -96,6 +97,13 @@ def index_of(spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> Index:
         else []
         for layer in range(spec.layers)
     ]
+
+
+def expert_parts(spec: ModelSpec, tensors: Mapping[str, StoredTensor]) -> Parts:
+    """What streaming the experts of a model takes."""
+    sizes = [page_padded(t.nbytes) for t in tensors.values() if t.role == "expert"]
+    # Those of one token must fit, or two, so that one is read while the other is computed.
+    return Parts("experts", len(sizes), sum(sizes), max(sizes), max(2, spec.active_experts))
 
 
 def most_used(spec: ModelSpec, uses: NDArray[np.int64], count: int) -> list[Key]:

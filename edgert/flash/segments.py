@@ -9,7 +9,7 @@ from edgert.format.layout import page_padded
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Bytes that are read and given up as a whole: an expert, or a cluster of neurons."""
+    """Bytes that are read and given up as a whole: an expert."""
 
     name: str  # for messages
     offset: int  # in the file, a multiple of PAGE

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
+from edgert.errors import ModelFileError
 from edgert.format.layout import PAGE
 
 
@@ -44,6 +45,11 @@ class FileSource:
     def direct(self) -> bool:
         """Whether reads pass the page cache."""
         return self._buffered < 0
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file, for compiled threads that read from it themselves."""
+        return self._direct if self.direct else self._buffered
 
     def read(self, offset: int, into: memoryview) -> int:
         """See Source; all three of offset, length and address are multiples of PAGE."""
@@ -93,6 +99,14 @@ class Joined:
         """Close both."""
         self._first.close()
         self._second.close()
+
+
+def open_source(path: Path) -> FileSource:
+    """The file at `path`; raises ModelFileError where it cannot be opened."""
+    try:
+        return FileSource(path)
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read ({error.strerror}); check its rights") from None
 
 
 def direct_reads(folder: Path) -> bool:

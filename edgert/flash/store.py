@@ -112,7 +112,17 @@ class SegmentStore:
         for thread in self._threads:
             thread.start()
 
-    # ---- what the forward path calls ---------------------------------------------------------
+    # ---- what the forward path calls: streamed.Store -----------------------------------------
+
+    @property
+    def table(self) -> NDArray[np.int64]:
+        """Places and requests (kernels/requests.py)."""
+        return self.ring.table
+
+    @property
+    def control(self) -> int:
+        """The word of `table` where its control words start."""
+        return self.ring.control
 
     def attach(self, finished: Callable[[int], bool]) -> None:
         """finished: whether the i-th member of the newest request is computed, and its slot free to go."""

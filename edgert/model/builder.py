@@ -21,7 +21,7 @@ class Builder:
     """Buffers and operations of one model at one engine configuration.
 
     An architecture file calls these methods in the order of computation. T is `config.chunk`.
-    control: where experts are streamed, the word of their table where its control words start. spared:
+    control: where weights are streamed, the word of the store's table where its control words start. spared:
     the shares of kernels/sparing.py, where fewer reads are worth another text.
     """
 

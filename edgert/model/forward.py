@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from edgert.config import EngineConfig
 from edgert.errors import OptionError, UsageError
 from edgert.experts import ExpertStore
+from edgert.flash import Store
 from edgert.kernels import program
 from edgert.kv_cache import KvCache
 from edgert.model import layer_of
 from edgert.model.builder import Builder
 from edgert.model.placing import place
 from edgert.model.routing import MOST_FORESEEN
+from edgert.neurons import NeuronStore
 from edgert.state import MAX_OUTPUTS, Rows, RunState, Weights
 from edgert.team import Team
 from edgert.waits import Waits
@@ -33,12 +35,12 @@ EVERYWHERE_WHOLE = 1 << 62
 class Forward:
     """A model ready to run: weights, cache, buffers, program and threads. Close it after use."""
 
-    def __init__(self, weights: Weights, config: EngineConfig, store: ExpertStore | None = None) -> None:
+    def __init__(self, weights: Weights, config: EngineConfig, store: Store | None = None) -> None:
         self.spec, self.config, self.store = weights.spec, config, store
         if self.spec.learned_positions and config.context > self.spec.context:
             raise OptionError(f"context is {config.context}; this model has {self.spec.context} positions")
         self.cache = KvCache(self.spec, config)
-        control = store.ring.control if store else None
+        control = store.control if store else None
         spared = store.streaming.spared if store else (0.0, 0.0, 0.0)
         builder = Builder(weights, config, self.cache, control, spared)
         write_layer = layer_of(self.spec)
@@ -73,21 +75,23 @@ class Forward:
         # Of the last call: its rows, the layer behind which they are, and the cache's lengths.
         self._left: tuple[int, int, tuple[int, ...]] | None = None
         pool = store.arena if store else weights.data
-        table = store.ring.table if store else weights.expert_table().reshape(-1)
+        table = store.table if store else weights.expert_table().reshape(-1)
         held = (weights.data, pool, table)
         buffers = (state.f, state.xq, state.xs, state.xn, self.cache.data, state.spare, state.spare_view)
         rows = (state.routes, state.rows, state.paths, self._job)
         self.team = Team(config.threads, (code, reals, *held, *buffers, *rows), len(code))
         # Where a layer's experts are computed: with streamed ones a forward can be cut there.
         self._cuts = [i for i, row in enumerate(code) if row[0] == program.EXPERTS]
-        if store:
+        if isinstance(store, ExpertStore):
             r = builder.routing
             unit = int(code[self._cuts[0], 3 + program.FIELDS[program.EXPERTS].index("unit")])
             blocks = -(-self.spec.width // 16)
             store.attach_run(state.routes, r.counters, -(-blocks // unit))
+        elif isinstance(store, NeuronStore):
+            store.attach_run(state.routes)
 
     def close(self) -> None:
-        """End the threads, and the reading of experts."""
+        """End the threads, and the reading of weights."""
         self.team.close()
         if self.store:
             self.store.close()

@@ -1,7 +1,8 @@
 """A feed-forward of which only the neurons that fire are computed (kernels/neurons.py)."""
 
-from edgert.config import ACTIVATIONS
+from edgert.config import ACTIVATIONS, QUANTS
 from edgert.kernels import program
+from edgert.kernels.neuron_packing import NeuronShape
 from edgert.model.builder import Builder
 from edgert.state import Rows
 
@@ -9,7 +10,7 @@ from edgert.state import Rows
 def feed_forward(b: Builder, index: int, x: Rows) -> None:
     """hidden += W_down (act(W_gate x) * W_up x), of the neurons that fire."""
     spec, at, tiling = b.spec, b.weights.neurons(index), b.config.tiling
-    firing, rank = b.firing, b.spec.predictor(index)
+    firing, rank, control = b.firing, b.spec.predictor(index), -1 if b.control is None else b.control
     predicted = rank > 0 and b.config.predict
     if predicted:
         _predict(b, index, x, firing.inner(rank))
@@ -36,6 +37,19 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
         width=spec.ffn_width,
         live=firing.live,
     )
+    if at.word >= 0:
+        sizes = NeuronShape.of(QUANTS[at.quant], spec.width)
+        b.add(
+            program.NEURONS_READ,
+            word=at.word,
+            file_at=at.file_at,
+            nbytes=at.nbytes,
+            cluster=sizes.cluster,
+            bundle=sizes.up + sizes.down,
+            live=firing.live,
+            whole=at.whole,
+            control=control,
+        )
     b.add(
         program.NEURONS_UP,
         quant=at.quant,
@@ -53,6 +67,9 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
         spare_stride=firing.spare_stride,
         most=tiling.most,
         ahead=tiling.ahead,
+        word=at.word,
+        whole=at.whole,
+        control=control,
     )
     b.quantize(b.gate)
     b.add(
@@ -72,6 +89,8 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
         most=tiling.most,
         ahead=tiling.ahead,
         quads=firing.quads,
+        word=at.word,
+        whole=at.whole,
     )
 
 

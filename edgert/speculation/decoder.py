@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.decoding import Commit, Plain, Report, TokenSequence
+from edgert.experts import ExpertStore
 from edgert.speculation.controller import TIMED, Controller
 from edgert.speculation.drafter import Drafter
 from edgert.speculation.expert_reads import ExpertReads, reads_so_far
@@ -37,7 +38,7 @@ class Speculation:
         """A new sequence: trees of the old one are of no use, what was learned is."""
         self._tree, self._tally = None, Tally()
         store = sequence.forward.store
-        if store is not None and self.controller.reads is None:
+        if isinstance(store, ExpertStore) and self.controller.reads is None:
             self.controller.reads = ExpertReads.of(store)
         for drafter in self._drafters.values():
             drafter.begin(sequence)

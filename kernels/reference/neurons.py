@@ -24,6 +24,13 @@ def _rows(quant, w, w_at, scales, bundle, groups, neurons):
     return np.stack([w[at : at + size] for at in starts])
 
 
+def _bundles(quant, w, word, table, groups, neurons):
+    """The bytes of neurons that lie where `table` says; zeros for one that is not there."""
+    shape = NeuronShape.of(_NAMES[quant], groups * 32)
+    none = np.zeros(shape.up + shape.down, np.uint8)
+    return np.stack([w[at : at + none.size] if at >= 0 else none for at in table[word + neurons]])
+
+
 def activate(kind, threshold, g, g_at, count):
     """See kernels/neurons.py."""
     part = g[g_at : g_at + count]
@@ -55,10 +62,34 @@ def list_live(g, g_at, stride, rows, width, routes, at):
     routes[at + 1 : at + 1 + chosen.size] = chosen
 
 
-def add_up(quant, w, w_at, scales, bundle, groups, routes, first, count, x, x_at, xs, xn, s_at, f, work, y):
+def add_up(
+    quant,
+    w,
+    w_at,
+    scales,
+    bundle,
+    word,
+    table,
+    groups,
+    routes,
+    first,
+    count,
+    x,
+    x_at,
+    xs,
+    xn,
+    s_at,
+    f,
+    work,
+    y,
+):
     """See kernels/neurons.py."""
     neurons = routes[first : first + count]
-    rows = _rows(quant, w, w_at, scales, bundle, groups, neurons)
+    if word < 0:
+        rows = _rows(quant, w, w_at, scales, bundle, groups, neurons)
+    else:
+        size = NeuronShape.of(_NAMES[quant], groups * 32).up
+        rows = _bundles(quant, w, word, table, groups, neurons)[:, :size]
     values, factors = neuron_packing.unpack_up(_NAMES[quant], rows)
     spans = (groups + 15) // 16
     stored = x[x_at : x_at + spans * 512].reshape(spans, 8, 16, 4)
@@ -71,12 +102,23 @@ def add_up(quant, w, w_at, scales, bundle, groups, routes, first, count, x, x_at
     f[y + neurons] += total
 
 
-def add_down(quant, w, w_at, groups, inner, first, last, xq, xs, xn, h_at, f, work, y, routes, quads):
+def add_down(
+    quant, w, w_at, word, table, groups, inner, first, last, xq, xs, xn, h_at, f, work, y, routes, quads
+):
     """See kernels/neurons.py."""
-    shape, scales, bundles = _clusters(quant, w, w_at, groups, 0, inner)
+    h = xq[h_at * 32 : (h_at + inner) * 32].astype(np.int32)
+    if word < 0:
+        shape, scales, bundles = _clusters(quant, w, w_at, groups, 0, inner)
+    else:
+        shape = NeuronShape.of(_NAMES[quant], groups * 32)
+        scales = w[w_at : w_at + inner * shape.scales].view(np.float16).astype(np.float32)
+        scales = scales.reshape(inner, -1)
+        bundles = np.zeros((inner * 32, shape.up + shape.down), np.uint8)
+        live = np.flatnonzero(h)
+        if live.size:
+            bundles[live] = _bundles(quant, w, word, table, groups, live)
     span = slice(first * SLICE, min(last * SLICE, groups * 32))
     values = neuron_packing.unpack_down(_NAMES[quant], bundles[:, shape.up :])[:, span].astype(np.int32)
-    h = xq[h_at * 32 : (h_at + inner) * 32].astype(np.int32)
     total = np.zeros(span.stop - span.start, np.float32)
     for g in range(inner):
         part = slice(g * 32, g * 32 + 32)
