@@ -11,6 +11,7 @@ from edgert.config import EngineConfig, ModelSpec, SamplingParams, Tiling
 from edgert.experts import store
 from edgert.model.forward import Forward
 from edgert.model.shapes import random_weights
+from edgert.neurons import store as neurons
 from edgert.sampling import Sampler
 from edgert.state import Weights
 
@@ -34,6 +35,7 @@ def warm_up() -> None:
     forward.keep([1])  # of a tree of guesses
     forward.close()
     store.warm_up()
+    neurons.warm_up()
 
 
 def search(threads: int, spec: ModelSpec = _LARGE, rounds: int = _ROUNDS) -> Tiling | None:

@@ -51,16 +51,19 @@ TOKENS = 16
 """Tokens of one timing."""
 
 
-def planted(weights: Weights, zeros: float) -> None:
+def planted(weights: Weights, zeros: float, hottest_first: bool = False) -> None:
     """Scale the rows of every gate so that neurons, at a threshold of 1, fire as often as FIRING says.
 
-    A random gate is about normal with a deviation of 1 before its row is scaled.
+    A random gate is about normal with a deviation of 1 before its row is scaled. hottest_first: in the order
+    of a calibration.
     """
     spec, rng = weights.spec, np.random.default_rng(7)
     data = weights.data.view()
     data.flags.writeable = True
     for layer in range(spec.layers):
         often = how_often(rng, spec.ffn_width, 1 - zeros)
+        if hottest_first:
+            often = -np.sort(-often)
         # P(s N > 1) = p for s = 1 / quantile(1 - p)
         factors = np.array([1 / NormalDist().inv_cdf(1 - min(p, 0.49)) for p in often], np.float32)
         gate = weights.tensors[f"layers.{layer}.gate"]

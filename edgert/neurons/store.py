@@ -308,6 +308,16 @@ class NeuronStore:
         return f"{which} of {tensor.name}"
 
 
+def warm_up() -> None:
+    """Compile what the readers run."""
+    table: NDArray[np.int64] = np.zeros(words.CONTROL_WORDS, np.int64)
+    table[[words.CLOSING, words.MOST_RUNS]] = 1
+    own: NDArray[np.uint8] = np.zeros(1, np.uint8)
+    words.serve(0, table, own, own, table)
+    words.deliver(0, 0, table, own, own, table)
+    words.give_up(0, 0, table)
+
+
 def _scales_bytes(spec: ModelSpec, sizes: NeuronShape) -> int:
     """Bytes of the scales of down of a layer."""
     return -(-spec.ffn_width // CLUSTER) * sizes.scales
