@@ -17,7 +17,7 @@ from edgert.converters.neurons import Sparsity, with_sparsity
 from edgert.converters.pipeline import Calibration, quant_spec, quants_of, write_model
 from edgert.converters.predictors import TrainedPredictors, open_predictors
 from edgert.converters.provenance import provenance
-from edgert.converters.quantize import scaled
+from edgert.converters.quantize import Codes, scaled
 from edgert.converters.report import ConversionReport, Progress
 from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor, open_folder
 from edgert.converters.sentencepiece import MODEL, tokenizer_of
@@ -34,11 +34,14 @@ class HfWeights:
         self._decoder = decoder
         self._tensors = tensors
 
-    def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32]]:
+    def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32] | Codes]:
         """A matrix in slabs of rows."""
         factor = self._decoder.factor(name)
         for slab in self._tensors[self._decoder.source_name(name)].rows(slab_rows):
-            yield scaled(slab, factor)
+            if isinstance(slab, Codes) and factor == 1:
+                yield slab
+            else:
+                yield scaled(slab.floats() if isinstance(slab, Codes) else slab, factor)
 
     def vector(self, name: str) -> NDArray[np.float32]:
         """A norm, a bias, or the rotary frequencies."""
@@ -186,7 +189,7 @@ def _check_tensor(shape: tuple[int, ...], name: str, found: SourceTensor | None,
             f"{folder}: found no tensor {name}, expected one of shape {list(shape)}; "
             "download the model's files again"
         )
-    if found.dtype not in ITEM_BYTES:
+    if not found.readable:
         raise UnsupportedError(
             f"{found.path}: found {name} as {shown(found.dtype)}, expected {', '.join(ITEM_BYTES)}; "
             "convert the model that was not quantised"

@@ -147,18 +147,20 @@ def _yarn_range(parameters: HfConfig, dim: int, positions: int) -> tuple[float, 
     return max(low, 0), min(high, dim - 1)
 
 
+def yarn_scale(factor: float, multiplier: float = 1.0) -> float:
+    """How much longer contexts scale scores, or their square does: YaRN's section 3.3 with a multiplier."""
+    return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+
 def _yarn_magnitude(parameters: HfConfig, factor: float) -> float:
     """The attention factor; YaRN's section 3.3 gives 0.1 ln(factor) + 1."""
-
-    def scale(multiplier: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
-
     if parameters.has("attention_factor"):
         return parameters.number("attention_factor")
     # DeepSeek's variant; 0 counts as absent, as it does in transformers.
     if parameters.values.get("mscale") and parameters.values.get("mscale_all_dim"):
-        return scale(parameters.number("mscale")) / scale(parameters.number("mscale_all_dim"))
-    return scale(1.0)
+        above, below = parameters.number("mscale"), parameters.number("mscale_all_dim")
+        return yarn_scale(factor, above) / yarn_scale(factor, below)
+    return yarn_scale(factor)
 
 
 def _longrope(parameters: HfConfig, wavelengths: Floats, positions: int) -> tuple[Floats, float]:

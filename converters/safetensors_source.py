@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.converters.hf_config import read_object, shown
+from edgert.converters.quantize import Codes
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
 
 WEIGHTS: Final = "model.safetensors"
@@ -39,8 +40,8 @@ class SourceTensor:
     transposed: bool = False  # in the file it is [K, N]
     picked: NDArray[np.int64] | None = field(default=None, compare=False)  # rows, after transposing
 
-    def rows(self, slab_rows: int) -> Iterator[NDArray[np.float32]]:
-        """A matrix [N, K] as float32 slabs of `slab_rows` rows, the last maybe shorter."""
+    def rows(self, slab_rows: int) -> Iterator[NDArray[np.float32] | Codes]:
+        """A matrix [N, K] in slabs of `slab_rows` rows, the last maybe shorter; Codes of one in MXFP4."""
         if self.transposed:  # read whole: no rows of ours lie together
             whole = self.vector().reshape(self.shape)
             yield from (whole[start : start + slab_rows] for start in range(0, len(whole), slab_rows))
@@ -53,7 +54,7 @@ class SourceTensor:
         row_bytes = columns * ITEM_BYTES[self.dtype]
         for start in range(0, rows, slab_rows):
             count = min(slab_rows, rows - start)
-            raw = self._read(start * row_bytes, count * row_bytes)
+            raw = self.read(start * row_bytes, count * row_bytes)
             yield _to_float32(raw, self.dtype).reshape(count, columns)
 
     def part(self, first: int, rows: int, columns: int) -> "SourceTensor":
@@ -71,6 +72,14 @@ class SourceTensor:
         """A matrix stored as [K, N] as one of [N, K]."""
         return replace(self, shape=self.shape[::-1], transposed=True)
 
+    def turn(self, parts: int) -> "SourceTensor":
+        """A matrix [N, K] as one of [parts * K, N / parts]: each of its equal parts transposed."""
+        count, columns = self.shape
+        return TurnedTensor(
+            self.name, self.path, self.dtype, (parts * columns, count // parts), self.offset, self.nbytes,
+            of=self,
+        )  # fmt: skip
+
     def pick(self, rows: NDArray[np.int64]) -> "SourceTensor":
         """Some rows of a matrix, or values of a vector, in another order."""
         rows = rows if self.picked is None else self.picked[rows]
@@ -79,18 +88,18 @@ class SourceTensor:
     def vector(self) -> NDArray[np.float32]:
         """The whole tensor, flattened, as float32."""
         if self.transposed:
-            values = _to_float32(self._read(0, self.nbytes), self.dtype).reshape(self.shape[1], -1).T
+            values = _to_float32(self.read(0, self.nbytes), self.dtype).reshape(self.shape[1], -1).T
             return np.ascontiguousarray(values if self.picked is None else values[self.picked]).reshape(-1)
         if self.picked is not None:
             return self._picked_rows(self.picked).reshape(-1)
-        return _to_float32(self._read(0, self.nbytes), self.dtype)
+        return _to_float32(self.read(0, self.nbytes), self.dtype)
 
     def _picked_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Some rows of what is stored, read with all that lie between them."""
         columns = self.shape[1] if len(self.shape) > 1 else 1
         first, last = int(rows.min()), int(rows.max())
         row_bytes = columns * ITEM_BYTES[self.dtype]
-        raw = self._read(first * row_bytes, (last + 1 - first) * row_bytes)
+        raw = self.read(first * row_bytes, (last + 1 - first) * row_bytes)
         return _to_float32(raw, self.dtype).reshape(-1, columns)[rows - first]
 
     def same_bytes(self, other: "SourceTensor", piece: int = 1 << 22) -> bool:
@@ -100,10 +109,11 @@ class SourceTensor:
         starts = range(0, self.nbytes, piece)
         lengths = [min(piece, self.nbytes - start) for start in starts]
         return all(
-            self._read(start, n) == other._read(start, n) for start, n in zip(starts, lengths, strict=True)
+            self.read(start, n) == other.read(start, n) for start, n in zip(starts, lengths, strict=True)
         )
 
-    def _read(self, start: int, nbytes: int) -> bytes:
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Bytes start.. of the tensor."""
         # Opened anew each time: a model of 200 shards would need as many descriptors otherwise.
         try:
             with self.path.open("rb") as file:
@@ -119,6 +129,22 @@ class SourceTensor:
                 "the file shrank while it was read, convert again"
             )
         return raw
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedTensor(SourceTensor):
+    """A matrix whose equal parts are stored transposed; see `SourceTensor.turn`."""
+
+    of: SourceTensor | None = None
+
+    def rows(self, slab_rows: int) -> Iterator[NDArray[np.float32]]:
+        """As of any matrix; read whole, for no rows of it lie together."""
+        if self.of is None:
+            raise AssertionError("a turned tensor of none")
+        columns = self.of.shape[1]
+        stored = self.of.vector().reshape(-1, self.shape[1], columns)
+        whole = np.ascontiguousarray(stored.swapaxes(1, 2)).reshape(self.shape)
+        yield from (whole[start : start + slab_rows] for start in range(0, len(whole), slab_rows))
 
 
 def open_folder(folder: Path) -> dict[str, SourceTensor]:

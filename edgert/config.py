@@ -30,13 +30,15 @@ MOST_RANK = 1 << 14
 
 _OF_EXPERTS = (
     *("experts", "active_experts", "expert_width"),
-    *("shared_width", "normalized_routing", "dense_layers"),
+    *("shared_width", "open_shared", "normalized_routing", "sigmoid_routing", "dense_layers"),
+    *("routing_groups", "active_groups", "expert_biases", "swiglu_alpha", "swiglu_limit"),
 )
+_OF_LATENTS = ("latent", "query_latent", "plain_dim", "value_dim")
 _OF_BLOCKS = (
     *("joint_qk_norm", "block", "shared_norm", "layer_norm", "norm_bias", "plain_ffn", "rotary", "ropes"),
     *("learned_positions", "alibi", "attention_cap", "logit_cap"),
 )
-_SPECIAL = ("part", "exits", "neurons", "predictors", *_OF_EXPERTS, *_OF_BLOCKS)
+_SPECIAL = ("part", "exits", "neurons", "predictors", "sinks", *_OF_EXPERTS, *_OF_BLOCKS, *_OF_LATENTS)
 """Fields of ModelSpec that most files leave out, so that an older edgert still reads those."""
 
 
@@ -69,7 +71,14 @@ class ModelSpec:
     active_experts: int = 0  # experts per token
     expert_width: int = 0  # F of one expert
     shared_width: int = 0  # F of the expert that every token takes, behind a sigmoid; 0: there is none
+    open_shared: bool = False  # that expert is added as it is, without a sigmoid
     normalized_routing: bool = False  # the weights of a token's experts are divided by their sum
+    sigmoid_routing: bool = False  # scores are sigmoids, chosen by their sum with a bias; else a softmax
+    routing_groups: int = 0  # equal parts of the experts; 0: none
+    active_groups: int = 0  # of them, in which a token's experts are
+    expert_biases: bool = False  # on the router and on the three matrices of every expert
+    swiglu_alpha: float = 0.0  # of experts whose gate is clamped (kernels/activation.py, clamped_gate)
+    swiglu_limit: float = 0.0  # of these; 0: they have act(gate) * up
     dense_layers: tuple[int, ...] = ()  # of a model with experts: layers with a feed-forward instead
     neurons: bool = False  # up and down lie neuron by neuron, so that only those that fire are read
     predictors: tuple[int, ...] = ()  # of neurons: per layer the rank of what foretells them; 0, (): none
@@ -82,6 +91,13 @@ class ModelSpec:
     ropes: tuple[int, ...] = ()  # per layer: GLOBAL_ROPE, LOCAL_ROPE or NO_ROPE; () for all GLOBAL_ROPE
     learned_positions: bool = False  # a vector for each of `context` positions is added to the embedding
     alibi: bool = False  # scores lose a slope of their head times the distance
+    sinks: bool = False  # each head has a score more, of a key that nobody holds
+    # Keys and values of all heads are made of one latent, [latent], which is what the cache holds beside one
+    # rotated key for all; head_dim is rotary + latent, kv_heads 1 (model/latent.py). 0: they are not.
+    latent: int = 0
+    query_latent: int = 0  # queries are made of one, too, of this width; 0: of the layer's input
+    plain_dim: int = 0  # dimensions of a head that are not rotated, before they meet the latent
+    value_dim: int = 0  # dimensions of a head's output
     attention_cap: float = 0.0  # scores become cap tanh(score / cap); 0: they do not
     logit_cap: float = 0.0  # the same of the logits
     bos_id: int | None = None
@@ -132,18 +148,21 @@ class ModelSpec:
             raise ValueError(f"exits is {self.exits!r}, expected whole numbers from 1 to {self.layers - 1}")
         if list(self.exits) != sorted(set(self.exits)):
             raise ValueError(f"exits is {self.exits!r}, expected ascending numbers")
-        for name in ("norm_eps", "rope_theta", "rope_magnitude", "attention_cap", "logit_cap"):
+        numbers = ("norm_eps", "rope_theta", "rope_magnitude", "attention_cap", "logit_cap")
+        for name in (*numbers, "swiglu_alpha", "swiglu_limit"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < 1e38:
                 raise ValueError(f"{name} is {value!r}, expected a number >= 0")
         flags = ("tied_embeddings", "qkv_bias", "output_bias", "ffn_bias", "shared_norm", "layer_norm")
-        more = ("norm_bias", "plain_ffn", "learned_positions", "alibi", "neurons")
-        for name in (*flags, *more, "qk_norm", "joint_qk_norm", "normalized_routing"):
+        more = ("norm_bias", "plain_ffn", "learned_positions", "alibi", "neurons", "sinks", "open_shared")
+        routing = ("normalized_routing", "sigmoid_routing", "expert_biases")
+        for name in (*flags, *more, *routing, "qk_norm", "joint_qk_norm"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected true or false")
         if self.qk_norm and self.joint_qk_norm:
             raise ValueError("qk_norm and joint_qk_norm are both true, expected at most one")
         self._check_block()
+        self._check_latents()
         self._check_experts()
         if self.neurons and (self.ffn_bias or self.experts or self.plain_ffn or self.block != "pre"):
             raise ValueError("neurons is true in a model with ffn_bias or another block, expected false")
@@ -208,8 +227,31 @@ class ModelSpec:
         if self.exits and (self.layer_norm or self.logit_cap):
             raise ValueError("exits in a model with LayerNorm or capped logits, expected none")
 
+    def _check_latents(self) -> None:
+        for name in _OF_LATENTS:
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 1 << 31:
+                raise ValueError(f"{name} is {value!r}, expected a whole number >= 0")
+        if not self.latent:
+            if self.query_latent or self.plain_dim or self.value_dim:
+                raise ValueError(f"latent is 0, expected a number above 0, or none of {_OF_LATENTS}")
+            return
+        # Parts of matrices and of quantised rows are taken by head: whole blocks of 16, whole groups of 32.
+        for name, unit in (("latent", 32), ("plain_dim", 32), ("value_dim", 16), ("rotary", 16)):
+            value = getattr(self, name)
+            if not value or value % unit:
+                raise ValueError(f"{name} is {value}, expected a multiple of {unit} in a model with a latent")
+        if self.kv_heads != 1 or self.head_dim != self.rotary + self.latent:
+            raise ValueError(
+                f"kv_heads is {self.kv_heads} and head_dim {self.head_dim} in a model with a latent, "
+                f"expected 1 and {self.rotary + self.latent}"
+            )
+        if self.qkv_bias or self.qk_norm or self.joint_qk_norm or self.alibi:
+            raise ValueError("a model with a latent has qkv_bias, norms of q and k or alibi, expected none")
+
     def _check_experts(self) -> None:
-        for name in ("experts", "active_experts", "expert_width", "shared_width"):
+        whole = ("experts", "active_experts", "expert_width", "shared_width")
+        for name in (*whole, "routing_groups", "active_groups"):
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < 1 << 31:
                 raise ValueError(f"{name} is {value!r}, expected a whole number >= 0")
@@ -221,6 +263,13 @@ class ModelSpec:
             raise ValueError(f"active_experts is {self.active_experts}, expected 1 to {self.experts}")
         if not self.expert_width:
             raise ValueError("expert_width is 0, expected a positive whole number")
+        if bool(self.swiglu_alpha) != bool(self.swiglu_limit):
+            raise ValueError("one of swiglu_alpha and swiglu_limit is 0, expected both or neither")
+        if self.swiglu_limit and (self.shared_width or self.dense_layers or self.activation != "silu"):
+            raise ValueError("a clamped gate in a model with other feed-forwards than experts, expected none")
+        if self.open_shared and not self.shared_width:
+            raise ValueError("open_shared is true without a shared_width, expected one")
+        self._check_groups()
         if self.ffn_bias:
             raise ValueError("ffn_bias is true in a model with experts, expected false")
         if self.plain_ffn or self.block != "pre":
@@ -230,6 +279,27 @@ class ModelSpec:
             *layers
         ]:
             raise ValueError(f"dense_layers is {layers!r}, expected layers in ascending order")
+
+    def _check_groups(self) -> None:
+        groups, active = self.routing_groups, self.active_groups
+        if not groups:
+            if active:
+                raise ValueError(f"active_groups is {active} without routing_groups, expected 0")
+            return
+        size = self.experts // groups
+        if self.experts % groups or not 0 < active <= groups or size <= self.sigmoid_routing:
+            raise ValueError(
+                f"{active} of {groups} groups of {self.experts} experts, expected some of equal parts"
+            )
+        if active * size < self.active_experts:
+            raise ValueError(
+                f"active_experts is {self.active_experts}, but {active} groups hold {active * size} experts"
+            )
+
+    @property
+    def value_width(self) -> int:
+        """Dimensions of what the cache holds as a value."""
+        return self.latent or self.head_dim
 
     @property
     def has_dense_layers(self) -> bool:

@@ -20,13 +20,10 @@ class KvCache:
         self.kind = KV_TYPES.index(config.kv)
         self.capacity = -(-config.context // 16) * 16
         self.limit = config.context  # positions of each sequence that may be used
-        self.region_bytes = kv.region_bytes(self.kind, self.capacity, spec.head_dim)
-        self.heads, self.head_dim, self.first, self.layers = (
-            spec.kv_heads,
-            spec.head_dim,
-            spec.first_layer,
-            spec.last_layer - spec.first_layer,
-        )
+        self.head_dim, self.value_dim = spec.head_dim, spec.value_width
+        self.region_bytes = kv.region_bytes(self.kind, self.capacity, self.head_dim, self.value_dim)
+        self.heads, self.first = spec.kv_heads, spec.first_layer
+        self.layers = spec.last_layer - spec.first_layer
         self.sequence_bytes = self.layers * self.heads * self.region_bytes
         self.lengths = [0] * config.sequences
         self.data: NDArray[np.uint8] = np.zeros(config.sequences * self.sequence_bytes, np.uint8)
@@ -60,9 +57,9 @@ class KvCache:
 
     def keep(self, slots: list[int], sequence: int = 0) -> None:
         """Make these slots, behind the length and ascending, the next positions (an accepted branch)."""
-        start = sequence * self.sequence_bytes
+        start, size = sequence * self.sequence_bytes, (self.capacity, self.head_dim, self.value_dim)
         for target, source in enumerate(slots, self.lengths[sequence]):
             if source != target:
                 for region in range(start, start + self.sequence_bytes, self.region_bytes):
-                    kv.move(self.kind, self.data, region, self.capacity, self.head_dim, source, target)
+                    kv.move(self.kind, self.data, region, *size, source, target)
         self.lengths[sequence] += len(slots)

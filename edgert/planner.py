@@ -60,13 +60,17 @@ def buffer_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """Memory of the run's buffers: some float rows per token of a chunk, and the logits."""
     inner = (spec.ffn_width if spec.has_dense_layers else 0) + spec.shared_width
     width = (2 if spec.block == "pre" else 3) * spec.width
-    row = width + (2 * spec.heads + 2 * spec.kv_heads) * spec.head_dim + 2 * inner
+    mixed = spec.heads * spec.value_width
+    row = width + (spec.heads + 2 * spec.kv_heads) * spec.head_dim + mixed + 2 * inner
+    if spec.latent:  # rows before and behind attention, by head, and the latents before their norms
+        by_head = spec.heads * (spec.plain_dim + spec.value_dim) + spec.query_latent
+        row, mixed = row + by_head + spec.latent, mixed + by_head
     row += len(spec.ropes_used) * spec.rotated
-    row += spec.active_experts * (spec.width + 2 * spec.expert_width + 8) + spec.experts
+    row += spec.active_experts * (spec.width + 2 * spec.expert_width + 8) + 2 * spec.experts
     row += spec.width if spec.shared_width else 0
     rank = max(spec.predictors, default=0)
     row += rank + (spec.ffn_width if rank else 0)
-    quantized = width - spec.width + spec.heads * spec.head_dim + inner
+    quantized = width - spec.width + mixed + inner
     quantized += spec.active_experts * (spec.width + spec.expert_width) + rank
     logits = MAX_OUTPUTS * (spec.vocab + (2 if spec.held_exits else 1) * spec.width)
     scratch = config.threads * MOST_HEADS * (config.context + spec.head_dim + 48)
@@ -76,7 +80,7 @@ def buffer_bytes(spec: ModelSpec, config: EngineConfig) -> int:
 def cache_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     """Memory of a full KV cache, of all its sequences."""
     capacity = -(-config.context // 16) * 16
-    region = kv_kernels.region_bytes(KV_TYPES.index(config.kv), capacity, spec.head_dim)
+    region = kv_kernels.region_bytes(KV_TYPES.index(config.kv), capacity, spec.head_dim, spec.value_width)
     return config.sequences * region * (spec.last_layer - spec.first_layer) * spec.kv_heads
 
 

@@ -66,3 +66,15 @@ def soft_cap(x, x_at, count, cap):
     limit = simd.splat(cap)
     for i in range(x_at, x_at + count, 16):
         simd.store_f32(x, i, capped(simd.load_f32(x, i), limit))
+
+
+@kernel(_twin.clamped_gate)
+def clamped_gate(g, g_at, u, u_at, count, alpha, limit):
+    """g <- g' sigmoid(alpha g') (u' + 1), g' = min(g, limit), u' = clip(u, +-limit): the gate of gpt-oss."""
+    slope, high, low = simd.splat(alpha), simd.splat(limit), simd.splat(-limit)
+    one = simd.splat(1.0)
+    for i in range(0, count, 16):
+        x = simd.minimum(simd.load_f32(g, g_at + i), high)
+        up = simd.maximum(simd.minimum(simd.load_f32(u, u_at + i), high), low)
+        swish = simd.div(x, simd.add(one, exp(simd.sub(simd.splat(0.0), simd.mul(slope, x)))))
+        simd.store_f32(g, g_at + i, simd.mul(swish, simd.add(up, one)))

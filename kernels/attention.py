@@ -5,7 +5,8 @@ forwards, nor on where in the cache a token tree's nodes lie: positions below `b
 own slots, position base + j is in slot path[path_at + j].
 
 Order of operations, for every machine: a score is one chain of fma over the dimensions, (for q8
-times the key's scale,) times `scale`; (soft-capped;) (plus slope * distance, one fma;) softmax.py;
+times the key's scale,) times `scale`; (soft-capped;) (plus slope * distance, one fma;) softmax.py, with the
+head's sink if it has one;
 (for q8 each probability times its value's scale;) an output is one chain of fma over the positions,
 divided by the sum.
 
@@ -25,6 +26,7 @@ from edgert.kernels.jit import jit, kernel
 from edgert.kernels.kv import F16, KEY_RECORD, Q4, Q8, VALUE_RECORD
 from edgert.kernels.quantize import quantize
 from edgert.kernels.reference import attention as _twin
+from edgert.kernels.reference.softmax import LOWEST
 from edgert.kernels.softmax import softmax
 
 MOST_HEADS = 4
@@ -34,9 +36,9 @@ _record_scores = tiles.quantized_product("q4", sizes=HEADS)
 
 
 @jit
-def width(kind, d):
+def width(kind, size):
     """Length of an output with its padding, and of a rotated query."""
-    return (d + 31) // 32 * 32 if kind == Q4 else (d + 15) // 16 * 16
+    return (size + 31) // 32 * 32 if kind == Q4 else (size + 15) // 16 * 16
 
 
 @jit
@@ -119,6 +121,7 @@ def attention(
     region,
     capacity,
     d,
+    dv,
     q,
     q_at,
     scale,
@@ -137,18 +140,20 @@ def attention(
     cap,
     w,
     slopes,
+    sinks,
 ):
     """1, 2 or 4 query heads q[q_at : +heads * d] over positions first..last-1 of the region at byte `region`.
 
     The scratch array s holds head h's scores from s_at + h * capacity and receives its output at
-    y_at + h * width(kind, d), padded with zeros; one more number per head behind the outputs is used. Groups
+    y_at + h * width(kind, dv), padded with zeros; one more number per head behind the outputs is used. Groups
     x_at.. of xq, xs and xn, ceil(d / 32) per head, are scratch for q4. Rows of a plain sequence pass
-    base = last. cap: 0 for none; slopes: the byte of w with the heads' ALiBi slopes, -1 for none.
+    base = last. cap: 0 for none; slopes, sinks: the bytes of w with the heads' ALiBi slopes, and with the
+    scores of a key that nobody holds (gpt-oss), -1 for none.
     """
-    wide = width(kind, d)
+    wide = width(kind, dv)
     if kind == Q4:
         slabs, slab = wide // 32, capacity * VALUE_RECORD
-        values = region + capacity * slabs * (KEY_RECORD // 16)
+        values = region + capacity * ((d + 31) // 32) * (KEY_RECORD // 16)
     else:
         size = 2 if kind == F16 else 1
         slabs, slab = wide // 16, capacity * 16 * size
@@ -179,7 +184,7 @@ def attention(
     sums = y_at + heads * wide
     for h in range(heads):
         row = s_at + h * capacity
-        s[sums + h] = softmax(s, row, first, last)
+        s[sums + h] = softmax(s, row, first, last, read_f32(w, sinks + h * 4) if sinks >= 0 else LOWEST)
         if kind == Q8:
             _scale_weights(kv, value_scales, first, last, base, path, path_at, s, row)
     here, count = values + begin * (slab // capacity), max(0, direct - begin)
@@ -193,4 +198,4 @@ def attention(
         for i in range(out, out + wide, 16):
             simd.store_f32(s, i, simd.div(simd.load_f32(s, i), total))
         if kind == Q4:
-            hadamard(s, out, d)
+            hadamard(s, out, dv)

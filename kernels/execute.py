@@ -30,7 +30,7 @@ def _execute(
     while i < job[LAST]:
         c, count, real, cap = code[i], _count(code[i], job), reals[i, 0], reals[i, 1]
         if c[0] == EXPERTS:
-            run_experts(me, c, pool, table, routes, f, xq, xs, xn)
+            run_experts(me, c, real, cap, w, pool, table, routes, f, xq, xs, xn)
         units, shared = units_of(c, count, routes), threads > 1 and i >= until
         unit = atomics.fetch_add(tickets, i, 1) if shared else 0
         while unit < units:

@@ -2,7 +2,9 @@
 
     h[i] = act(Wg x[i]) * (Wu x[i]);  y[i] = Wd h[i]        i: the entries of an expert (routing.py)
 
-An expert is three matrices, one after another: gate [F, D], up [F, D], down [D, F]. Its units are
+An expert is three matrices, one after another: gate [F, D], up [F, D], down [D, F]. In gpt-oss a bias is
+added to each product (those of all experts of a layer are three vectors, [E * F] or [E * D], that stay in
+memory) and the gate is clamped (activation.py). Its units are
 first blocks of gate and up, each unit finishing its part of h, and when all of them are done blocks
 of down. No barrier lies between: while one expert waits (for its last unit, or to arrive from flash)
 the others are computed. Each output is whole in one unit, so no result depends on the order.
@@ -11,7 +13,8 @@ the others are computed. Each output is whole in one unit, so no result depends 
 import numpy as np
 
 from edgert.kernels import atomics, matmul
-from edgert.kernels.activation import gate
+from edgert.kernels.activation import clamped_gate, gate
+from edgert.kernels.elementwise import read_f32
 from edgert.kernels.jit import inlined, jit
 from edgert.kernels.quantize import quantize
 from edgert.kernels.requests import (
@@ -85,6 +88,15 @@ SPINS = 500
 """Turns without work before a thread naps: some 10 us, where a read takes a hundred times that."""
 
 
+@jit
+def _begin(f, at, first, last, w, biases, rows):
+    """Outputs first..last-1 of a matrix of `rows` rows, before its products are added: their biases, or 0."""
+    f[at + first : at + last] = np.float32(0.0)
+    if biases >= 0:
+        for n in range(first, min(last, rows)):
+            f[at + n] = read_f32(w, biases + n * 4)
+
+
 @inlined
 def _up(
     pool,
@@ -95,6 +107,12 @@ def _up(
     first,
     last,
     kind,
+    alpha,
+    limit,
+    w,
+    of_gate,
+    of_up,
+    inner_rows,
     entry,
     rows,
     f,
@@ -119,8 +137,8 @@ def _up(
     row_x, row_q = x + entry * width, q + entry * groups
     row_g, row_u = g + entry * stride, u + entry * stride
     for t in range(rows):
-        f[row_g + t * stride + first * 16 : row_g + t * stride + last * 16] = 0
-        f[row_u + t * stride + first * 16 : row_u + t * stride + last * 16] = 0
+        _begin(f, row_g + t * stride, first * 16, last * 16, w, of_gate, inner_rows)
+        _begin(f, row_u + t * stride, first * 16, last * 16, w, of_up, inner_rows)
     for part, y in ((0, row_g), (1, row_u)):
         w_at = at + part * blocks * size
         matmul.matmul(
@@ -145,18 +163,24 @@ def _up(
         )
     for t in range(rows):
         part = t * stride + first * 16
-        gate(kind, f, row_g + part, f, row_u + part, (last - first) * 16)
+        if limit > np.float32(0.0):
+            clamped_gate(f, row_g + part, f, row_u + part, (last - first) * 16, alpha, limit)
+        else:
+            gate(kind, f, row_g + part, f, row_u + part, (last - first) * 16)
         if quant >= matmul.Q8:
             into = h + (entry + t) * (stride // 32) + first // 2
             quantize(f, row_g + part, (last - first + 1) // 2, xq, xs, xn, into)
 
 
 @inlined
-def _down(pool, at, quant, groups, first, last, entry, rows, f, g, y, y_stride, xq, xs, xn, h, most, ahead):
+def _down(
+    pool, at, quant, groups, first, last, w, biases, outer_rows, entry, rows, f, g, y, y_stride, xq, xs, xn,
+    h, most, ahead,
+):  # fmt: skip
     """Blocks first..last-1 of down for `rows` entries from `entry`."""
     row_y, stride = y + entry * y_stride, groups * 32
     for t in range(rows):
-        f[row_y + t * y_stride + first * 16 : row_y + t * y_stride + last * 16] = 0
+        _begin(f, row_y + t * y_stride, first * 16, last * 16, w, biases, outer_rows)
     row_g, row_h = g + entry * stride, h + entry * groups
     matmul.matmul(
         quant,
@@ -181,12 +205,18 @@ def _down(pool, at, quant, groups, first, last, entry, rows, f, g, y, y_stride, 
 
 
 @inlined
-def _unit(c, i, pool, table, routes, f, xq, xs, xn):
+def _unit(c, alpha, limit, i, w, pool, table, routes, f, xq, xs, xn):
     """Take and compute one unit of the i-th busy expert; WORKED, NOTHING to take now, or EMPTY for good."""
     word, groups, blocks, inner, outer, unit = c[3], c[4], c[5], c[6], c[7], c[8]
     kind, x, q, g, u, h = c[9], c[10], c[11], c[12], c[13], c[14]
     starts, busy, counters = c[15], c[16], c[17] + i * COUNTERS
+    of_gate, of_up, of_down, inner_rows, outer_rows, experts = c[21], c[22], c[23], c[24], c[25], c[26]
     expert = routes[busy + 1 + i]
+    if of_gate >= 0:
+        whose = expert if expert < experts else expert - experts  # a stand-in has those of its expert
+        of_gate += whose * inner_rows * 4
+        of_up += whose * inner_rows * 4
+        of_down += whose * outer_rows * 4
     at = atomics.load(table, word + expert * TABLE)  # before the counters: it stays while units are left
     quant = table[word + expert * TABLE + 1]
     entry = routes[starts + expert]
@@ -201,8 +231,8 @@ def _unit(c, i, pool, table, routes, f, xq, xs, xn):
         if mine < units:
             first, last = mine * unit, min(blocks, mine * unit + unit)
             _up(
-                pool, at, quant, groups, blocks, first, last, kind, entry, rows, f, x, g, u, inner * 32,
-                xq, xs, xn, q, h, c[18], c[19],
+                pool, at, quant, groups, blocks, first, last, kind, alpha, limit, w, of_gate, of_up,
+                inner_rows, entry, rows, f, x, g, u, inner * 32, xq, xs, xn, q, h, c[18], c[19],
             )  # fmt: skip
             atomics.fetch_add(routes, counters + _UP_DONE, 1)
             return WORKED
@@ -215,17 +245,18 @@ def _unit(c, i, pool, table, routes, f, xq, xs, xn):
     first, last = mine * unit, min(outer, mine * unit + unit)
     down = at + 2 * blocks * groups * matmul.record_bytes(quant)
     _down(
-        pool, down, quant, inner, first, last, entry, rows, f, g, x, groups * 32, xq, xs, xn, h, c[18], c[19]
-    )
+        pool, down, quant, inner, first, last, w, of_down, outer_rows, entry, rows, f, g, x, groups * 32, xq,
+        xs, xn, h, c[18], c[19],
+    )  # fmt: skip
     atomics.fetch_add(routes, counters + _DOWN_DONE, 1)
     return WORKED
 
 
 @inlined
-def run_experts(me, c, pool, table, routes, f, xq, xs, xn):
+def run_experts(me, c, alpha, limit, w, pool, table, routes, f, xq, xs, xn):
     """Take units until none is left to take; every thread of the team calls this, then meets a barrier.
 
-    control: of streamed experts, else below 0.
+    control: of streamed experts, else below 0. alpha, limit: of a clamped gate, or a limit of 0.
     """
     count, control = routes[c[16]], c[20]
     first = 0  # all before it are empty
@@ -235,7 +266,7 @@ def run_experts(me, c, pool, table, routes, f, xq, xs, xn):
         worked = False
         i = first
         while i < count:
-            state = _unit(c, i, pool, table, routes, f, xq, xs, xn)
+            state = _unit(c, alpha, limit, i, w, pool, table, routes, f, xq, xs, xn)
             if state == WORKED:
                 worked = True
             elif state == EMPTY and i == first:

@@ -15,7 +15,7 @@ which says where in pool (bytes) each expert lies. Column 0 is the operation, co
 import numpy as np
 from numpy.typing import NDArray
 
-COLUMNS = 24
+COLUMNS = 27
 (
     EMBED,
     ROPE_TABLE,
@@ -68,24 +68,36 @@ FIELDS = {
         "ahead",
     ),
     HEADS: (
-        *("q", "q_stride", "k", "k_stride", "v", "v_stride", "q_gain", "k_gain", "heads", "kv_heads", "d"),
-        *("rotary", "table", "kind", "region", "region_bytes", "capacity", "scratch", "scratch_stride"),
+        *("q", "q_stride", "k", "k_stride", "v", "v_stride", "q_gain", "k_gain", "heads", "kv_heads"),
+        *(
+            "d",
+            "dv",
+            "rotary",
+            "table",
+            "kind",
+            "region",
+            "region_bytes",
+            "capacity",
+            "scratch",
+            "scratch_stride",
+        ),
     ),
     ATTEND: (
-        *("q", "q_stride", "heads", "kv_heads", "d", "kind", "region", "region_bytes", "capacity"),
-        *("window", "y", "y_stride", "scratch", "scratch_stride", "queries", "slopes"),
+        *("q", "q_stride", "heads", "kv_heads", "d", "dv", "kind", "region", "region_bytes", "capacity"),
+        *("window", "y", "y_stride", "scratch", "scratch_stride", "queries", "slopes", "sinks"),
     ),
     QUANTIZE: ("x", "x_stride", "groups", "xq"),
     GATE: ("kind", "g", "u", "stride", "groups", "xq"),
     ROUTE: (
         *("x", "x_stride", "experts", "active", "normalized", "shared", "shared_stride"),
-        *("chosen", "weights", "weights_stride"),
+        *("chosen", "weights", "weights_stride", "choice", "choice_stride", "bias", "groups", "kept"),
     ),
     GROUP: (*("experts", "active", "chosen", "sources", "places", "starts", "busy", "counters"),),
     GATHER: ("active", "places", "x", "groups", "xq", "y", "yq", "floats"),
     EXPERTS: (
         *("table", "groups", "blocks", "inner", "outer", "unit", "kind", "x", "xq", "g", "u", "h"),
         *("starts", "busy", "counters", "most", "ahead", "control"),
+        *("gate_biases", "up_biases", "down_biases", "inner_rows", "outer_rows", "experts"),
     ),
     PUBLISH: (
         *("layer", "experts", "active", "chosen", "weights", "weights_stride", "busy", "ahead", "control"),
@@ -129,12 +141,14 @@ FIELDS = {
     QUANTIZE    xq[t] = int8 of x[t]
     GATE        g[t] = act(g[t]) * u[t], or act(g[t]) where u < 0, or soft-capped; quantised too where
                 xq >= 0                                               (cap: of a soft cap, else 0)
-    ROUTE       the experts of row t and their weights (routing.py)
+    ROUTE       the experts of row t and their weights (routing.py); `choice`: room for what they are
+                chosen by where it is not their logits, else below 0
     SPARE       other choices for the sake of fewer reads, of at most `most` rows (sparing.py)
     GROUP       the entries of every expert; one unit
     PUBLISH     what the layer needs, to the store of streamed experts; one unit
     GATHER      y[i] = x[t], quantised rows and, where asked, floats, for the entries i of row t
     EXPERTS     the experts of all entries, in place of their x (experts.py); no units
+                                                                        (real, cap: of a clamped gate, or 0)
     COMBINE     x[t] += the weighted sum of the entries of row t
     PREDICTED   which neurons have a score above zero, and x as GATE_ROWS takes it; one unit (gate_rows.py)
     GATE_ROWS   g[t] = W_gate x[t] for these neurons, or for all

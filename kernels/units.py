@@ -50,7 +50,7 @@ from edgert.kernels.quantize import quantize
 from edgert.kernels.requests import DROPPED, STOOD_IN, SWAPPED
 from edgert.kernels.rmsnorm import rmsnorm
 from edgert.kernels.rope import rope_table, rotate
-from edgert.kernels.routing import combine, group, route
+from edgert.kernels.routing import affinities, combine, group, keep_groups, route
 from edgert.kernels.row_sums import add, center
 from edgert.kernels.sparing import spare, stand_in
 
@@ -105,8 +105,17 @@ def _norm_head(f, at, d, eps, w, gain, scratch):
 @inlined
 def _head(c, eps, unit, rows, me, w, f, kv):
     q, q_stride, k, k_stride, v, v_stride, q_gain, k_gain = c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10]
-    heads, kv_heads, d, rotary, table, kind, region = c[11], c[12], c[13], c[14], c[15], c[16], c[17]
-    region_bytes, capacity, scratch = c[18], c[19], c[20] + me * c[21]
+    heads, kv_heads, d, dv, rotary, table, kind, region = (
+        c[11],
+        c[12],
+        c[13],
+        c[14],
+        c[15],
+        c[16],
+        c[17],
+        c[18],
+    )
+    region_bytes, capacity, scratch = c[19], c[20], c[21] + me * c[22]
     t, h = unit // (heads + kv_heads), unit % (heads + kv_heads)
     if h < heads:
         at, gain = q + t * q_stride + h * d, q_gain
@@ -116,14 +125,14 @@ def _head(c, eps, unit, rows, me, w, f, kv):
         _norm_head(f, at, d, eps, w, gain, scratch)
     rotate(f, at, rotary // 2, f, table + t * rotary)
     if h >= heads:
-        value = v + t * v_stride + (h - heads) * d
+        value = v + t * v_stride + (h - heads) * dv
         here, slot = rows[SEQUENCE, t] + region + (h - heads) * region_bytes, rows[SLOT, t]
         if kind == kv_cache.F16:
-            kv_cache.store_f16(kv, here, capacity, slot, d, f, at, value)
+            kv_cache.store_f16(kv, here, capacity, slot, d, dv, f, at, value)
         elif kind == kv_cache.Q4:
-            kv_cache.store_q4(kv, here, capacity, slot, d, f, at, value)
+            kv_cache.store_q4(kv, here, capacity, slot, d, dv, f, at, value)
         else:
-            kv_cache.store_q8(kv, here, capacity, slot, d, f, at, value)
+            kv_cache.store_q8(kv, here, capacity, slot, d, dv, f, at, value)
 
 
 @jit
@@ -134,9 +143,9 @@ def _pieces(group):
 
 @inlined
 def _attend(c, scale, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv):
-    q, q_stride, heads, kv_heads, d, kind = c[3], c[4], c[5], c[6], c[7], c[8]
-    region, region_bytes, capacity, window, y, y_stride = c[9], c[10], c[11], c[12], c[13], c[14]
-    scratch = c[15] + me * c[16]
+    q, q_stride, heads, kv_heads, d, dv, kind = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
+    region, region_bytes, capacity, window, y, y_stride = c[10], c[11], c[12], c[13], c[14], c[15]
+    scratch = c[16] + me * c[17]
     group = heads // kv_heads
     pieces = _pieces(group)
     t, shared, piece = unit // (kv_heads * pieces), unit // pieces % kv_heads, unit % pieces
@@ -149,8 +158,9 @@ def _attend(c, scale, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv):
     first = max(0, last - window) if window > 0 else 0
     here, head = rows[SEQUENCE, t] + region + shared * region_bytes, shared * group + start
     at, out = q + t * q_stride + head * d, scratch + MOST_HEADS * capacity
-    direct, queries = rows[DIRECT, t], c[17] + me * MOST_HEADS * ((d + 31) // 32)
-    slopes = c[18] + head * 4 if c[18] >= 0 else -1
+    direct, queries = rows[DIRECT, t], c[18] + me * MOST_HEADS * ((d + 31) // 32)
+    slopes = c[19] + head * 4 if c[19] >= 0 else -1
+    sinks = c[20] + head * 4 if c[20] >= 0 else -1
     attention(
         kind,
         count,
@@ -158,6 +168,7 @@ def _attend(c, scale, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv):
         here,
         capacity,
         d,
+        dv,
         f,
         at,
         scale,
@@ -176,11 +187,12 @@ def _attend(c, scale, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv):
         cap,
         w,
         slopes,
+        sinks,
     )
-    wide = width(kind, d)
+    wide = width(kind, dv)
     for h in range(count):
-        for i in range(d):
-            f[y + t * y_stride + (head + h) * d + i] = f[out + h * wide + i]
+        for i in range(dv):
+            f[y + t * y_stride + (head + h) * dv + i] = f[out + h * wide + i]
 
 
 @inlined
@@ -217,11 +229,24 @@ def _activate(c, threshold, unit, f, rows, job):
 
 
 @inlined
-def _route(c, t, f, routes):
+def _route(c, t, w, f, routes):
     x, experts, active, normalized, shared = c[3] + t * c[4], c[5], c[6], c[7], c[8]
+    choice, bias, groups = x, c[15], c[16]
+    if c[13] >= 0:
+        choice = c[13] + t * c[14]
+        if bias >= 0:
+            affinities(f, x, experts, w, bias, f, choice)
+        else:
+            for e in range(experts):
+                f[choice + e] = f[x + e]
+        if groups > 1:
+            keep_groups(f, choice, experts, groups, c[17], 2 if bias >= 0 else 1)
     if shared >= 0:
         shared += t * c[9]
-    route(f, x, experts, active, normalized, shared, routes, c[10] + t * active, f, c[11] + t * c[12])
+    route(
+        f, x, f, choice, experts, active, bias >= 0, normalized, shared, routes, c[10] + t * active, f,
+        c[11] + t * c[12],
+    )  # fmt: skip
 
 
 @inlined
@@ -348,7 +373,7 @@ def run_unit(
     elif op == HEADS:
         _head(c, real, unit, rows, me, w, f, kv)
     elif op == ROUTE:
-        _route(c, unit, f, routes)
+        _route(c, unit, w, f, routes)
     elif op == GROUP:
         _group(c, count, routes)
     elif op == PUBLISH:

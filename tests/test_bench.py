@@ -83,6 +83,8 @@ def test_shapes_have_the_sizes_they_are_named_for() -> None:
             "gemma-3-1b": 1.000,
             "phi-4-mini": 3.836,
             "smollm3-3b": 3.075,
+            "gpt-oss-20b": 20.915,
+            "deepseek-v2-lite": 15.706,
             "prosparse-llama-2-7b": 6.738,
             "olmoe-1b-7b": 6.919,
             "qwen3-30b-a3b": 30.532,

@@ -14,6 +14,31 @@ SIZES: Any = (3, 72, 6, 2, 20, 100, 90, 64, 1e-5)
 AROUND: dict[str, Any] = {"ropes": (1, 0, 2), "windows": (9, 0, 9), "attention_cap": 5.0, "logit_cap": 3.0}
 PLAIN: dict[str, Any] = {"layer_norm": True, "norm_bias": True, "plain_ffn": True}
 NO_ROPE: dict[str, Any] = {"ropes": (2, 2, 2)}
+EXPERTS: dict[str, Any] = {"experts": 8, "active_experts": 3, "expert_width": 40}
+BIASED: dict[str, Any] = EXPERTS | {
+    "expert_biases": True,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 0.5,
+    "qkv_bias": True,
+    "output_bias": True,
+    "normalized_routing": True,
+}
+LATENT: dict[str, Any] = EXPERTS | {
+    "latent": 64,
+    "query_latent": 40,
+    "plain_dim": 32,
+    "value_dim": 48,
+    "output_bias": True,
+    "sigmoid_routing": True,
+    "normalized_routing": True,
+    "routing_groups": 4,
+    "active_groups": 2,
+    "shared_width": 33,
+    "open_shared": True,
+    "dense_layers": (0,),
+}
+GREEDY: dict[str, Any] = EXPERTS | {"latent": 32, "plain_dim": 64, "value_dim": 16, "routing_groups": 2}
+GREEDY |= {"active_groups": 1, "shared_width": 40, "open_shared": True}
 SPECS = {
     "around": ModelSpec("gemma2", *SIZES, "gelu_tanh", block="around", **AROUND),
     "post": ModelSpec("olmo2", *SIZES, block="post", joint_qk_norm=True),
@@ -21,6 +46,9 @@ SPECS = {
     "shared": ModelSpec("cohere", *SIZES, block="parallel", shared_norm=True, layer_norm=True),
     "learned": ModelSpec("gpt2", *SIZES, "gelu_tanh", learned_positions=True, **PLAIN, **NO_ROPE),
     "alibi": ModelSpec("falcon", *SIZES, "gelu", alibi=True, **PLAIN, **NO_ROPE),
+    "sinks": ModelSpec("gpt_oss", *SIZES, windows=(9, 0, 9), sinks=True, **BIASED),
+    "latent": ModelSpec("deepseek_v3", 3, 72, 6, 1, 80, 100, 90, 64, 1e-5, rotary=16, **LATENT),
+    "greedy": ModelSpec("deepseek_v2", 3, 72, 5, 1, 48, 100, 90, 64, 1e-5, rotary=16, **GREEDY),
 }
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]
 
@@ -104,6 +132,19 @@ def test_positions_end_where_those_learned_end() -> None:
         ({"layer_norm": True, "exits": (1,)}, "exits in a model with LayerNorm"),
         ({"block": "post", "experts": 4, "active_experts": 1, "expert_width": 8}, "experts in a block"),
         ({"plain_ffn": True, "neurons": True}, "neurons is true"),
+        ({"plain_dim": 32}, "latent is 0, expected a number above 0"),
+        ({"latent": 20}, "latent is 20, expected a multiple of 32"),
+        ({"latent": 32, "plain_dim": 32, "value_dim": 16}, "rotary is 0, expected a multiple of 16"),
+        (
+            {"latent": 32, "plain_dim": 32, "value_dim": 16, "rotary": 16},
+            "kv_heads is 2 and head_dim 20 in a model with a latent, expected 1 and 48",
+        ),
+        (EXPERTS | {"routing_groups": 3, "active_groups": 1}, "1 of 3 groups of 8 experts"),
+        (EXPERTS | {"active_groups": 1}, "active_groups is 1 without routing_groups"),
+        (EXPERTS | {"routing_groups": 4, "active_groups": 1}, "active_experts is 3, but 1 groups hold 2"),
+        (EXPERTS | {"swiglu_limit": 7.0}, "one of swiglu_alpha and swiglu_limit is 0"),
+        (EXPERTS | {"open_shared": True}, "open_shared is true without a shared_width"),
+        ({"sigmoid_routing": True}, "experts is 0"),
     ],
 )
 def test_a_spec_that_cannot_be_computed_is_refused(changed: dict[str, Any], message: str) -> None:

@@ -35,6 +35,23 @@ EXPERTS = ModelSpec(
     shared_width=56,
     dense_layers=(1,),
 )
+LATENT = ModelSpec(
+    *("deepseek_v3", 2, 48, 4, 1, 48, 80, 67, 40, 1e-6),
+    rotary=16,
+    latent=32,
+    query_latent=24,
+    plain_dim=32,
+    value_dim=16,
+    experts=6,
+    active_experts=2,
+    expert_width=40,
+    shared_width=56,
+    open_shared=True,
+    sigmoid_routing=True,
+    routing_groups=3,
+    active_groups=2,
+    dense_layers=(1,),
+)
 WINDOWS = ([1, 5, 9, 22, 41, 3, 7], [30, 31, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20])
 CHUNK = 8  # the second window takes two
 
@@ -282,3 +299,26 @@ def test_every_matrix_of_every_architecture_is_seen(tmp_path: Path) -> None:
                     wanted |= {p for p in parts if tensor.role != "expert" or p.endswith(".down")}
             wanted.add("token_embedding" if spec.tied_embeddings else "output")
             assert wanted <= seen, name
+
+
+def test_every_matrix_of_latent_attention_is_seen_those_of_heads_once_for_each() -> None:
+    weights, seen, _ = walked(LATENT)
+    tokens, spec = sum(map(len, WINDOWS)), LATENT
+    for name, tensor in weights.tensors.items():
+        if tensor.role == "matrix" and name.startswith("layers."):
+            times = spec.heads if name.endswith(("k_up", "v_up")) else 1
+            assert seen[name].shape == (times * tokens, tensor.shape[1]), name
+    # What the last matrix of attention meets is what those of the heads give, from what they meet.
+    made = matrix(weights, "layers.0.v_up").reshape(spec.heads, spec.value_dim, -1)
+    at = 0
+    for window in (len(part) for whole in WINDOWS for part in chunks(whole)):
+        met = seen["layers.0.v_up"][at * spec.heads : (at + window) * spec.heads]
+        heads = np.einsum("hvr,htr->thv", made, met.reshape(spec.heads, window, -1))
+        np.testing.assert_allclose(
+            seen["layers.0.o"][at : at + window], heads.reshape(window, -1), rtol=0, atol=1e-5
+        )
+        at += window
+
+
+def chunks(tokens: Sequence[int]) -> list[Sequence[int]]:
+    return [tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK)]

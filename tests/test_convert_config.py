@@ -9,6 +9,7 @@ from edgert.converters.architectures import describe, source_name
 from edgert.converters.hf_config import HfConfig
 from edgert.errors import ConversionError, UnsupportedError
 from edgert.format import declared
+from tests.tiny_configs import CONFIGS
 
 BASE = {
     "hidden_size": 64,
@@ -155,6 +156,13 @@ def test_ends_of_text_come_from_both_files_without_repeats() -> None:
     assert spec_of(generation={"bos_token_id": 9}, bos_token_id=1).bos_id == 1
 
 
+LATENT = {
+    key: value
+    for key, value in CONFIGS["deepseek_v2_lite"].items()
+    if key not in ("architectures", "model_type", "topk_method")
+}
+
+
 @pytest.mark.parametrize(
     ("model_type", "config"),
     [
@@ -175,7 +183,21 @@ def test_ends_of_text_come_from_both_files_without_repeats() -> None:
         ("qwen2", {"mlp_bias": True}),
         ("qwen2", {"use_mrope": True}),
         ("qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
-        ("deepseek_v3", {}),
+        ("jamba", {}),
+        ("gpt_oss", {"quantization_config": {"quant_method": "fp8"}}),
+        ("gpt_oss", {"hidden_act": "gelu"}),
+        ("gpt_oss", {"layer_types": ["chunked_attention"] * 4}),
+        ("deepseek_v2", LATENT | {"norm_topk_prob": True}),
+        ("deepseek_v2", LATENT | {"topk_method": "noaux_tc"}),
+        ("deepseek_v2", LATENT | {"scoring_func": "sigmoid"}),
+        ("deepseek_v2", LATENT | {"mlp_bias": True}),
+        ("deepseek_v2", LATENT | {"moe_layer_freq": 2}),
+        ("deepseek_v2", LATENT | {"kv_lora_rank": 24}),
+        ("deepseek_v2", LATENT | {"num_key_value_heads": 2}),
+        ("deepseek_v3", LATENT | {"scoring_func": "softmax"}),
+        ("deepseek_v3", LATENT | {"topk_method": "greedy"}),
+        ("deepseek_v3", LATENT | {"quantization_config": {"quant_method": "fp8"}}),
+        ("deepseek_v3", LATENT | {"auto_map": {"AutoModelForCausalLM": "modeling_x.DeepseekV3ForCausalLM"}}),
         ("granitemoe", {"sliding_window": 8}),
         ("mixtral", {"layer_types": ["full_attention"]}),
         ("olmoe", {"clip_qkv": 8.0}),

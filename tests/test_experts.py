@@ -27,6 +27,7 @@ from edgert.kernels import program
 from edgert.model.forward import Forward
 from edgert.state import Weights
 from tests import kernel_inputs as inputs
+from tests import test_blocks
 
 TWINS: bool = numba.config.DISABLE_JIT
 SPEC = ModelSpec(
@@ -89,7 +90,7 @@ def streamed(
             rest[tensor.offset : tensor.offset + page_padded(tensor.nbytes)] = 255
     order = random.Random(2)
     store = ExpertStore(
-        SPEC,
+        weights.spec,
         weights.tensors,
         source,
         slots,
@@ -97,7 +98,7 @@ def streamed(
         reading=reading,
         order=(lambda e: order.sample(e, len(e))) if shuffle else list,
     )
-    model = Forward(Weights(SPEC, rest, weights.tensors), EngineConfig(threads, 80, 32), store)
+    model = Forward(Weights(weights.spec, rest, weights.tensors), EngineConfig(threads, 80, 32), store)
     try:
         yield model
     finally:
@@ -138,6 +139,20 @@ ALL = [
     *itertools.product(BUDGETS.values(), SOME, READINGS),
     *((*choice, READINGS[n % 3]) for n, choice in enumerate(itertools.product(BUDGETS.values(), CHOICES))),
 ]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("name", ["sinks", "latent", "greedy"])
+def test_experts_of_other_routers_and_with_biases_stream_to_the_same_bits(name: str) -> None:
+    weights = inputs.tiny_weights(test_blocks.SPECS[name], quant_of, name)
+    model = Forward(weights, EngineConfig(1, 80, 32))
+    try:
+        expected = feed(model, [1] * sum(PIECES))
+    finally:
+        model.close()
+    for streaming in SOME:
+        with streamed(weights, 5, streaming, threads=2, shuffle=True) as model:
+            inputs.same(feed(model, PIECES), expected)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +426,7 @@ def test_a_thread_that_waits_for_another_leaves_the_places_of_resident_experts_a
     """Without a store there are no control words: what lies there are the places of experts."""
     c = np.zeros(program.COLUMNS, np.int64)
     fields = {"blocks": 2, "outer": 2, "unit": 2, "busy": 0, "counters": 8, "starts": 4, "control": -1}
+    fields |= dict.fromkeys(("gate_biases", "up_biases", "down_biases"), -1)
     for name, value in fields.items():
         c[3 + program.FIELDS[program.EXPERTS].index(name)] = value
     routes = np.zeros(32, np.int64)
@@ -419,9 +435,10 @@ def test_a_thread_that_waits_for_another_leaves_the_places_of_resident_experts_a
     bytes_, f = np.zeros(64, np.uint8), np.zeros(64, np.float32)
     bytes_.flags.writeable = False
     rest = (np.zeros(64, np.int8), np.zeros(8, np.float32), np.zeros(8, np.int32))
+    unclamped = np.float32(0), np.float32(0)
 
     routes[8:12] = 1, 1, 1, 1  # all of it is done: compiled now, not while the other thread is awaited
-    kernel.run_experts(0, c, bytes_, table, routes, f, *rest)
+    kernel.run_experts(0, c, *unclamped, bytes_, bytes_, table, routes, f, *rest)
     routes[8:12] = 1, 0, 0, 0  # another thread has taken its unit of gate and up ...
 
     def finish() -> None:
@@ -430,7 +447,7 @@ def test_a_thread_that_waits_for_another_leaves_the_places_of_resident_experts_a
 
     other = threading.Thread(target=finish)
     other.start()
-    kernel.run_experts(0, c, bytes_, table, routes, f, *rest)
+    kernel.run_experts(0, c, *unclamped, bytes_, bytes_, table, routes, f, *rest)
     other.join()
     np.testing.assert_array_equal(table, 0)
 

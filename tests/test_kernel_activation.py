@@ -130,3 +130,54 @@ def test_caps_are_close_to_exact(case: list[Any]) -> None:
     np.testing.assert_allclose(x[at : at + count], expected, rtol=0, atol=4e-7 * float(cap))
     before[at : at + count] = x[at : at + count]
     inputs.same(x, before)
+
+
+def clamped_case(
+    seed: int, flavour: str, vectors: int, g_at: int, u_at: int, limit: float, alpha: float = 1.702
+) -> list[Any]:
+    g = inputs.floats((seed, "g"), flavour, g_at + vectors * 16 + 5, large=100)
+    u = inputs.floats((seed, "u"), flavour, u_at + vectors * 16 + 5, large=30)
+    return [g, g_at, u, u_at, vectors * 16, np.float32(alpha), np.float32(limit)]
+
+
+clamped_cases = st.builds(
+    clamped_case,
+    inputs.seeds,
+    inputs.flavours,
+    st.integers(1, 5),
+    offsets,
+    offsets,
+    st.sampled_from([0.5, 7.0]),
+)
+
+
+@pytest.mark.compiled
+@inputs.some
+@given(clamped_cases)
+def test_compiled_clamped_gates_equal_their_twin(case: list[Any]) -> None:
+    inputs.agree(activation.clamped_gate, activation_twin.clamped_gate, *case)
+
+
+@inputs.some
+@given(clamped_cases)
+def test_clamped_gates_are_close_to_exact(case: list[Any]) -> None:
+    """A relative 3e-6 of x sigmoid(x), and of the larger of u and 1, whose sum may cancel; where exp is
+    clamped, or the result subnormal, that is all."""
+    g, g_at, u, u_at, count, alpha, limit = case
+    before = g.copy()
+    activation.clamped_gate(*case)
+    for i in range(count):
+        x, other = min(float(before[g_at + i]), float(limit)), float(u[u_at + i])
+        other = min(max(other, -float(limit)), float(limit))
+        swish = x * sigmoid(float(alpha) * x)
+        slack = 3e-6 * abs(swish) * max(abs(other), 1) + abs(x) * 1e-37 + 1e-37
+        assert abs(float(g[g_at + i]) - swish * (other + 1)) <= slack
+    before[g_at : g_at + count] = g[g_at : g_at + count]
+    inputs.same(g, before)
+
+
+def test_a_clamped_gate_of_zero_is_zero() -> None:
+    """What keeps the padding of a row zero."""
+    g, u = np.zeros(16, np.float32), np.full(16, -3, np.float32)
+    activation.clamped_gate(g, 0, u, 0, 16, np.float32(1.7), np.float32(7))
+    assert not g.any()

@@ -14,6 +14,7 @@ from edgert.kernels.reference import attention as attention_twin
 from edgert.kernels.reference import hadamard as hadamard_twin
 from edgert.kernels.reference import kv as kv_twin
 from edgert.kernels.reference import softmax as softmax_twin
+from edgert.kernels.reference.softmax import LOWEST
 from tests import kernel_inputs as inputs
 
 F16, Q8, Q4 = 0, 1, 2
@@ -34,7 +35,8 @@ def softmax_cases(draw: st.DrawFn) -> list[Any]:
     s = np.full(at + 150 + 16, STALE)
     flavour, large = draw(inputs.flavours), draw(st.sampled_from([30.0, 1e6, 1e30]))
     s[at + first : at + last] = inputs.floats(seed, flavour, last - first, large=large)
-    return [s, at, first, last]
+    sink = np.float32(draw(st.just(LOWEST) | st.sampled_from([-5.0, 0.5, large])))
+    return [s, at, first, last, sink]
 
 
 @pytest.mark.compiled
@@ -48,15 +50,16 @@ def test_compiled_softmax_equals_its_twin(case: list[Any]) -> None:
 @given(softmax_cases())
 def test_softmax_is_close_to_exact(case: list[Any]) -> None:
     """exp to 3e-7 and its argument to one rounding; what is below e**-87 may be e**-87."""
-    s, at, first, last = case
+    s, at, first, last, sink = case
     before = s.copy()
     total = softmax.softmax(*case)
     scores = before[at + first : at + last].astype(np.float64)
-    differences = scores - scores.max()
+    top = max(scores.max(), float(sink))
+    differences = scores - top
     expected = np.exp(differences)
     slack = expected * (3e-7 + np.minimum(-differences, 90) * 2.0**-23) + 2e-38
     assert (np.abs(s[at + first : at + last] - expected) <= slack).all()
-    assert math.isclose(total, math.fsum(expected), rel_tol=2e-5)
+    assert math.isclose(total, math.fsum(expected) + math.exp(float(sink) - top), rel_tol=2e-5)
     begin, end = first // 16 * 16, -(-last // 16) * 16
     assert not s[at + begin : at + first].any()
     assert not s[at + last : at + end].any()
@@ -76,8 +79,8 @@ def value_byte(kind: int, region: int, capacity: int, d: int, slot: int, i: int)
     return region + capacity * d * size + ((i // 16 * capacity + slot) * 16 + i % 16) * size
 
 
-def scale_byte(region: int, capacity: int, d: int, slot: int, part: int) -> int:
-    wide = -(-d // 16) * 16
+def scale_byte(region: int, capacity: int, d: int, dv: int, slot: int, part: int) -> int:
+    wide = -(-dv // 16) * 16
     return region + capacity * (d + wide) + (part * capacity + slot) * 4
 
 
@@ -101,10 +104,12 @@ def scales_q4(region: int, capacity: int, d: int, slot: int, group: int) -> tupl
     return key, region + capacity * groups * 18 + (group * capacity + slot) * 18
 
 
-def read_q4(part: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int) -> inputs.F64:
+def read_q4(
+    part: int, cache: inputs.U8, region: int, capacity: int, d: int, dv: int, slot: int
+) -> inputs.F64:
     """The key (part 0) or value (part 1) in a slot, as it is stored: rotated."""
     row = []
-    for i in range(d):
+    for i in range((d, dv)[part]):
         places = key_nibble(region, d, slot, i), value_nibble(region, capacity, d, slot, i)
         byte, shift = places[part]
         scale = struct.unpack_from("<e", cache, scales_q4(region, capacity, d, slot, i // 32)[part])[0]
@@ -120,56 +125,62 @@ def rotation(d: int) -> inputs.F64:
     return np.kron(np.eye(d // len(h)), h)
 
 
-def read_key(kind: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int) -> inputs.F64:
+def read_key(
+    kind: int, cache: inputs.U8, region: int, capacity: int, d: int, dv: int, slot: int
+) -> inputs.F64:
     if kind == Q4:
-        return read_q4(0, cache, region, capacity, d, slot)
+        return read_q4(0, cache, region, capacity, d, dv, slot)
     if kind == F16:
         return np.array(
             [struct.unpack_from("<e", cache, key_byte(kind, region, d, slot, i))[0] for i in range(d)]
         )
-    scale = struct.unpack_from("<f", cache, scale_byte(region, capacity, d, slot, 0))[0]
+    scale = struct.unpack_from("<f", cache, scale_byte(region, capacity, d, dv, slot, 0))[0]
     return scale * np.array(
         [struct.unpack_from("<b", cache, key_byte(kind, region, d, slot, i))[0] for i in range(d)]
     )
 
 
-def read_value(kind: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int) -> inputs.F64:
+def read_value(
+    kind: int, cache: inputs.U8, region: int, capacity: int, d: int, dv: int, slot: int
+) -> inputs.F64:
     if kind == Q4:
-        return read_q4(1, cache, region, capacity, d, slot)
-    places = [value_byte(kind, region, capacity, d, slot, i) for i in range(d)]
+        return read_q4(1, cache, region, capacity, d, dv, slot)
+    places = [value_byte(kind, region, capacity, d, slot, i) for i in range(dv)]
     if kind == F16:
         return np.array([struct.unpack_from("<e", cache, place)[0] for place in places])
-    scale = struct.unpack_from("<f", cache, scale_byte(region, capacity, d, slot, 1))[0]
+    scale = struct.unpack_from("<f", cache, scale_byte(region, capacity, d, dv, slot, 1))[0]
     return scale * np.array([struct.unpack_from("<b", cache, place)[0] for place in places])
 
 
-def region_size(kind: int, capacity: int, d: int) -> int:
+def region_size(kind: int, capacity: int, d: int, dv: int) -> int:
     if kind == Q4:
-        return capacity * -(-d // 32) * 36
-    numbers = capacity * (d + -(-d // 16) * 16)
+        return capacity * (-(-d // 32) + -(-dv // 32)) * 18
+    numbers = capacity * (d + -(-dv // 16) * 16)
     return numbers * 2 if kind == F16 else numbers + capacity * 8
 
 
-sizes = st.tuples(st.integers(1, 4), st.integers(1, 40).map(lambda half: 2 * half))
+halves = st.integers(1, 40).map(lambda half: 2 * half)
+sizes = st.tuples(st.integers(1, 4), halves, halves)
+"""Blocks of positions, dimensions of a key and of a value."""
 
 
 @KINDS
 @given(sizes)
 @inputs.few
-def test_regions_have_the_size_of_their_layout(kind: int, size: tuple[int, int]) -> None:
-    capacity, d = size[0] * 16, size[1]
-    assert kv.region_bytes(kind, capacity, d) == region_size(kind, capacity, d)
+def test_regions_have_the_size_of_their_layout(kind: int, size: tuple[int, int, int]) -> None:
+    place = size[0] * 16, *size[1:]
+    assert kv.region_bytes(kind, *place) == region_size(kind, *place)
 
 
 @st.composite
 def store_cases(draw: st.DrawFn) -> list[Any]:
     """Arguments of store_f16 and store_q8; magnitudes that float16 holds."""
-    blocks, d = draw(sizes)
+    blocks, d, dv = draw(sizes)
     capacity, region = blocks * 16, 2 * draw(st.integers(0, 20))
     seed, slot = draw(inputs.seeds), draw(st.integers(0, capacity - 1))
-    cache = inputs.raw((seed, "kv"), region + region_size(F16, capacity, d) + 8)
-    x = inputs.floats((seed, "x"), draw(inputs.flavours), 2 * d + 20, large=6e4)
-    return [cache, region, capacity, slot, d, x, draw(st.integers(0, 9)), d + 11]
+    cache = inputs.raw((seed, "kv"), region + region_size(F16, capacity, d, dv) + 8)
+    x = inputs.floats((seed, "x"), draw(inputs.flavours), d + dv + 20, large=6e4)
+    return [cache, region, capacity, slot, d, dv, x, draw(st.integers(0, 9)), d + 11]
 
 
 @pytest.mark.compiled
@@ -184,39 +195,37 @@ def test_compiled_stores_equal_their_twins(kind: int, case: list[Any]) -> None:
 @inputs.some
 @given(case=store_cases())
 def test_stores_write_one_position_and_nothing_else(kind: int, case: list[Any]) -> None:
-    cache, region, capacity, slot, d, x, key_at, value_at = case
+    cache, region, capacity, slot, d, dv, x, key_at, value_at = case
     before, given = cache.copy(), x.astype(np.float64)
     getattr(kv, STORES[kind])(*case)
     size = 2 if kind == F16 else 1
-    touched = {
-        place + b
-        for i in range(d)
-        for place in (key_byte(kind, region, d, slot, i), value_byte(kind, region, capacity, d, slot, i))
-        for b in range(size)
-    }
+    places = [key_byte(kind, region, d, slot, i) for i in range(d)]
+    places += [value_byte(kind, region, capacity, d, slot, i) for i in range(dv)]
+    touched = {place + b for place in places for b in range(size)}
     if kind == Q8:
-        touched |= {scale_byte(region, capacity, d, slot, part) + b for part in (0, 1) for b in range(4)}
+        touched |= {scale_byte(region, capacity, d, dv, slot, part) + b for part in (0, 1) for b in range(4)}
     if kind == Q4:
-        groups = range(-(-d // 32))
-        nibbles = [32 * g + i for g in groups for i in range(32)]
-        touched = {key_nibble(region, d, slot, i)[0] for i in nibbles}
-        touched |= {value_nibble(region, capacity, d, slot, i)[0] for i in nibbles}
-        touched |= {at + b for g in groups for at in scales_q4(region, capacity, d, slot, g) for b in (0, 1)}
+        of_key, of_value = range(width(Q4, d)), range(width(Q4, dv))
+        touched = {key_nibble(region, d, slot, i)[0] for i in of_key}
+        touched |= {value_nibble(region, capacity, d, slot, i)[0] for i in of_value}
+        for part, row in enumerate((of_key, of_value)):
+            scales = [scales_q4(region, capacity, d, slot, g)[part] for g in range(len(row) // 32)]
+            touched |= {at + b for at in scales for b in (0, 1)}
     others = np.ones(cache.size, bool)
     others[list(touched)] = False
     np.testing.assert_array_equal(cache[others], before[others])
-    for read, at in ((read_key, key_at), (read_value, value_at)):
-        row, found = given[at : at + d], read(kind, cache, region, capacity, d, slot)
+    for read, at, count in ((read_key, key_at, d), (read_value, value_at, dv)):
+        row, found = given[at : at + count], read(kind, cache, region, capacity, d, dv, slot)
         if kind == F16:
             np.testing.assert_array_equal(found, row.astype(np.float16).astype(np.float64))
         elif kind == Q8:
             largest = np.abs(row).max()
             assert (np.abs(found - row) <= largest * (0.5 / 127 + 2e-6) + 1e-30).all()
         else:
-            h = rotation(d)
+            h = rotation(count)
             rotated = h @ row / (h @ h)[0, 0]
             size = np.abs(h) @ np.abs(row) / (h @ h)[0, 0]  # of what roundings are relative to
-            for g in range(0, d, 32):
+            for g in range(0, count, 32):
                 part = rotated[g : g + 32]
                 # A step is an eighth of the largest; the scale is a float16: 11 bits, or units of 2**-25.
                 largest = np.abs(part).max()
@@ -228,12 +237,12 @@ def test_stores_write_one_position_and_nothing_else(kind: int, case: list[Any]) 
 
 @st.composite
 def move_cases(draw: st.DrawFn) -> list[Any]:
-    blocks, d = draw(sizes)
+    blocks, d, dv = draw(sizes)
     capacity, region, seed = blocks * 16, 2 * draw(st.integers(0, 20)), draw(inputs.seeds)
     slots = st.integers(0, capacity - 1)
-    cache = inputs.raw(seed, region + region_size(F16, capacity, d) + 8)
+    cache = inputs.raw(seed, region + region_size(F16, capacity, d, dv) + 8)
     cache[1::2] &= 0x3B  # no NaN among the floats: views of it may be copied
-    return [cache, region, capacity, d, draw(slots), draw(slots)]
+    return [cache, region, capacity, d, dv, draw(slots), draw(slots)]
 
 
 @pytest.mark.compiled
@@ -248,15 +257,15 @@ def test_compiled_moves_equal_their_twins(kind: int, case: list[Any]) -> None:
 @inputs.some
 @given(case=move_cases())
 def test_moves_copy_one_position(kind: int, case: list[Any]) -> None:
-    cache, region, capacity, d, source, target = case
+    cache, region, capacity, d, dv, source, target = case
     before = cache.copy()
     kv.move(kind, *case)
-    end = region + region_size(kind, capacity, d)
+    end = region + region_size(kind, capacity, d, dv)
     for slot in range(capacity):
         origin = source if slot == target else slot
         for read in (read_key, read_value):
-            found = read(kind, cache, region, capacity, d, slot)
-            np.testing.assert_array_equal(found, read(kind, before, region, capacity, d, origin))
+            found = read(kind, cache, region, capacity, d, dv, slot)
+            np.testing.assert_array_equal(found, read(kind, before, region, capacity, d, dv, origin))
     np.testing.assert_array_equal(cache[:region], before[:region])
     np.testing.assert_array_equal(cache[end:], before[end:])
 
@@ -294,7 +303,8 @@ def attention_cases(draw: st.DrawFn, kind: int, calm: bool = False) -> dict[str,
     The rows before `first` in its block of 16 are read with weight 0, so they have to be finite: in
     a cache they always are, because they were computed.
     """
-    blocks, d = draw(st.integers(1, 5)), draw(st.integers(1, 40)) * 2
+    blocks, d = draw(st.integers(1, 5)), draw(halves)
+    dv = draw(st.just(d) | halves)
     capacity, region = blocks * 16, 2 * draw(st.integers(0, 20))
     last = draw(st.integers(1, capacity))
     first = draw(st.integers(0, last - 1) | st.just(0))
@@ -307,17 +317,18 @@ def attention_cases(draw: st.DrawFn, kind: int, calm: bool = False) -> dict[str,
     path = np.full(path_at + 64 + capacity, -(2**40), np.int64)
     path[path_at : path_at + count] = chosen
     seed, flavour = draw(inputs.seeds), "plain" if calm else draw(inputs.flavours)
-    cache = np.full(region + region_size(kind, capacity, d) + 2, 0xFF, np.uint8)  # NaN as f16 and f32
+    cache = np.full(region + region_size(kind, capacity, d, dv) + 2, 0xFF, np.uint8)  # NaN as f16 and f32
     needed = set(range(first // 16 * 16, min(last, base))) | set(chosen)
     for slot in needed:
-        _fill(kind, cache, region, capacity, d, slot, (seed, slot), flavour)
+        _fill(kind, cache, region, capacity, d, dv, slot, (seed, slot), flavour)
     q_at, s_at = draw(st.integers(0, 5)), draw(st.integers(0, 5))
     heads = draw(st.sampled_from([1, 2, 4]))
     q = inputs.floats((seed, "q"), flavour, q_at + heads * d, large=1e3)
-    wide, groups = width(kind, d), -(-d // 32)
+    wide, groups = width(kind, max(d, dv)), -(-d // 32)
     s = np.full(s_at + heads * (capacity + wide) + 12, STALE)
     x_at = draw(st.integers(0, 2))
     slopes = inputs.uniform((seed, "slopes"), 6)
+    sinks = inputs.uniform((seed, "sinks"), 4) * np.float32(4)
     return {
         "kind": kind,
         "heads": heads,
@@ -325,6 +336,7 @@ def attention_cases(draw: st.DrawFn, kind: int, calm: bool = False) -> dict[str,
         "region": region,
         "capacity": capacity,
         "d": d,
+        "dv": dv,
         "q": q,
         "q_at": q_at,
         "scale": np.float32(d**-0.5),
@@ -341,8 +353,9 @@ def attention_cases(draw: st.DrawFn, kind: int, calm: bool = False) -> dict[str,
         "xn": np.zeros(x_at + heads * groups, np.int32),
         "x_at": x_at,
         "cap": np.float32(draw(st.sampled_from([0.0, 0.0, 5.0]))),
-        "w": slopes.view(np.uint8),
+        "w": np.concatenate([slopes, sinks]).view(np.uint8),
         "slopes": draw(st.sampled_from([-1, -1, 8])),
+        "sinks": draw(st.sampled_from([-1, -1, 24])),
     }
 
 
@@ -353,21 +366,24 @@ def width(kind: int, d: int) -> int:
 
 
 def outputs_of(case: dict[str, Any]) -> inputs.F32:
-    """The outputs [heads, d] in the scratch array, their padding checked."""
-    d, heads = case["d"], case["heads"]
-    out = case["s"][case["out_at"] :][: heads * width(case["kind"], d)].reshape(heads, -1)
-    assert not out[:, d:].any()
-    return out[:, :d].copy()
+    """The outputs [heads, dv] in the scratch array, their padding checked."""
+    dv, heads = case["dv"], case["heads"]
+    out = case["s"][case["out_at"] :][: heads * width(case["kind"], dv)].reshape(heads, -1)
+    assert not out[:, dv:].any()
+    return out[:, :dv].copy()
 
 
-def own_slope(case: dict[str, Any], head: int) -> int:
-    """The byte of one head's slope."""
-    return int(case["slopes"] + 4 * head if case["slopes"] >= 0 else -1)
+def own(case: dict[str, Any], what: str, head: int) -> int:
+    """The byte of one head's slope or sink."""
+    return int(case[what] + 4 * head if case[what] >= 0 else -1)
 
 
 def untouched(case: dict[str, Any]) -> inputs.F32:
     """The scratch array without outputs, the sums behind them, and scores behind the last position."""
-    end = case["out_at"] + case["heads"] * (width(case["kind"], case["d"]) + 1)
+    wide = max(
+        width(case["kind"], case["dv"]) + 1, width(case["kind"], case["d"])
+    )  # queries are rotated there
+    end = case["out_at"] + case["heads"] * wide
     s, capacity, kept = case["s"].copy(), case["capacity"], -(-case["last"] // 16) * 16
     for row in range(case["s_at"], case["s_at"] + case["heads"] * capacity, capacity):
         s[row + kept : row + capacity] = STALE
@@ -375,37 +391,46 @@ def untouched(case: dict[str, Any]) -> inputs.F32:
 
 
 def _fill(
-    kind: int, cache: inputs.U8, region: int, capacity: int, d: int, slot: int, label: Any, flavour: str
+    kind: int,
+    cache: inputs.U8,
+    region: int,
+    capacity: int,
+    d: int,
+    dv: int,
+    slot: int,
+    label: Any,
+    flavour: str,
 ) -> None:
     """A random key and value into a slot, padding included, by hand."""
     if kind == Q4:
-        _fill_q4(cache, region, capacity, d, slot, label, flavour)
+        _fill_q4(cache, region, capacity, d, dv, slot, label, flavour)
         return
-    wide = -(-d // 16) * 16
+    wide = max(d, width(kind, dv))
     if kind == F16:
         key, value = (inputs.floats((label, n), flavour, wide, large=6e4).astype("<f2") for n in "kv")
     else:
         key, value = (inputs.whole((label, n), -127, 127, wide).astype(np.int8) for n in "kv")
         scales = np.abs(inputs.floats((label, "s"), flavour, 2, large=1e3)) / np.float32(127)
         for part in (0, 1):
-            struct.pack_into("<f", cache, scale_byte(region, capacity, d, slot, part), scales[part])
+            struct.pack_into("<f", cache, scale_byte(region, capacity, d, dv, slot, part), scales[part])
     size = key.itemsize
-    for i in range(wide):
-        if i < d:
-            at = key_byte(kind, region, d, slot, i)
-            cache[at : at + size] = np.frombuffer(key[i].tobytes(), np.uint8)
+    for i in range(d):
+        at = key_byte(kind, region, d, slot, i)
+        cache[at : at + size] = np.frombuffer(key[i].tobytes(), np.uint8)
+    for i in range(width(kind, dv)):
         at = value_byte(kind, region, capacity, d, slot, i)
-        cache[at : at + size] = np.frombuffer(value[i].tobytes() if i < d else bytes(size), np.uint8)
+        cache[at : at + size] = np.frombuffer(value[i].tobytes() if i < dv else bytes(size), np.uint8)
 
 
 def _fill_q4(
-    cache: inputs.U8, region: int, capacity: int, d: int, slot: int, label: Any, flavour: str
+    cache: inputs.U8, region: int, capacity: int, d: int, dv: int, slot: int, label: Any, flavour: str
 ) -> None:
-    wide = width(Q4, d)
-    nibbles = inputs.whole((label, "n"), 0, 15, 2, wide)
-    nibbles[:, d:] = 8  # padding: zeros
-    scales = inputs.floats((label, "s"), flavour, 2, wide // 32, large=1e3).astype("<f2")
-    for part in (0, 1):
+    most = width(Q4, max(d, dv))
+    nibbles = inputs.whole((label, "n"), 0, 15, 2, most)
+    scales = inputs.floats((label, "s"), flavour, 2, most // 32, large=1e3).astype("<f2")
+    for part, size in enumerate((d, dv)):
+        wide = width(Q4, size)
+        nibbles[part, size:] = 8  # padding: zeros
         for i in range(wide):
             places = key_nibble(region, d, slot, i), value_nibble(region, capacity, d, slot, i)
             byte, shift = places[part]
@@ -439,12 +464,12 @@ def test_attention_is_close_to_exact(kind: int, data: st.DataObject) -> None:
     """
     case = data.draw(attention_cases(kind, calm=True))
     attention.attention(*case.values())
-    place = (case["kv"], case["region"], case["capacity"], case["d"])
+    place = (case["kv"], case["region"], case["capacity"], case["d"], case["dv"])
     d, first, last, base = case["d"], case["first"], case["last"], case["base"]
     slots = [p if p < base else int(case["path"][case["path_at"] + p - base]) for p in range(first, last)]
     keys = [read_key(kind, *place, slot) for slot in slots]
     values = np.array([read_value(kind, *place, slot) for slot in slots])
-    h = rotation(d) if kind == Q4 else np.eye(d)
+    h, back = (rotation(size) if kind == Q4 else np.eye(size) for size in (d, case["dv"]))
     for head, found in enumerate(outputs_of(case)):
         q = h @ case["q"][case["q_at"] + head * d :][:d].astype(np.float64)
         scores = np.array([math.fsum(q * key) * float(case["scale"]) for key in keys])
@@ -453,13 +478,16 @@ def test_attention_is_close_to_exact(kind: int, data: st.DataObject) -> None:
         if case["slopes"] >= 0:
             slope = float(case["w"].view(np.float32)[case["slopes"] // 4 + head])
             scores = scores - slope * np.arange(len(slots) - 1, -1, -1)
-        weights = np.exp(scores - scores.max())
-        expected = h @ (weights @ values / weights.sum())
+        weights, rest = np.exp(scores - scores.max()), 0.0
+        if case["sinks"] >= 0:
+            sink = float(case["w"].view(np.float32)[case["sinks"] // 4 + head])
+            rest = math.exp(sink - scores.max())
+        expected = back @ (weights @ values / (weights.sum() + rest))
         slack = 2e-5
         if kind == Q4:  # an error of e in every score moves a weighted mean by less than 2 e of its range
             steps = np.concatenate([np.full(32, np.abs(q[g : g + 32]).max() / 254) for g in range(0, d, 32)])
             worst = max(float(np.abs(key) @ steps[:d]) for key in keys) * float(case["scale"])
-            slack = float(np.abs(h[0]).sum()) * (2e-5 + 2 * math.expm1(1.01 * worst))
+            slack = float(np.abs(back[0]).sum()) * (2e-5 + 2 * math.expm1(1.01 * worst))
         assert np.abs(found - expected).max() <= slack * np.abs(values).max()
 
 
@@ -471,7 +499,9 @@ def test_heads_do_not_depend_on_those_beside_them(kind: int, data: st.DataObject
     alone = dict(case, heads=1, s=case["s"].copy())
     attention.attention(*case.values())
     for h, together in enumerate(outputs_of(case)):
-        mine = {"q_at": case["q_at"] + h * case["d"], "slopes": own_slope(case, h)}
+        mine = {"q_at": case["q_at"] + h * case["d"]} | {
+            what: own(case, what, h) for what in ("slopes", "sinks")
+        }
         attention.attention(*dict(alone, **mine).values())
         inputs.same(outputs_of(alone)[0], together)
 
@@ -486,10 +516,12 @@ def test_attention_does_not_depend_on_where_a_branch_lies(kind: int, data: st.Da
     attention.attention(*branch.values())
     for target in range(case["base"], case["last"]):  # ascending: nothing is overwritten before it is moved
         source = int(case["path"][case["path_at"] + target - case["base"]])
-        kv.move(kind, plain["kv"], case["region"], case["capacity"], case["d"], source, target)
+        size = case["capacity"], case["d"], case["dv"]
+        kv.move(kind, plain["kv"], case["region"], *size, source, target)
     plain["base"] = case["last"]
     if case["first"] // 16 * 16 < case["first"]:  # now in the blocks: finite, as in a real cache
         for slot in range(case["first"] // 16 * 16, case["first"]):
-            _fill(kind, plain["kv"], case["region"], case["capacity"], case["d"], slot, "before", "plain")
+            size = case["capacity"], case["d"], case["dv"]
+            _fill(kind, plain["kv"], case["region"], *size, slot, "before", "plain")
     attention.attention(*plain.values())
     inputs.same(outputs_of(branch), outputs_of(plain))

@@ -23,7 +23,7 @@ def route_case(
     chosen = inputs.whole((seed, "chosen"), -9, -1, at + active + 2)
     weights = inputs.floats((seed, "weights"), "plain", at + active + 3)
     shared_at = x.size - 1 if shared else -1
-    return [x, at, experts, active, normalized, shared_at, chosen, at, weights, at]
+    return [x, at, x, at, experts, active, False, normalized, shared_at, chosen, at, weights, at]
 
 
 @st.composite
@@ -40,13 +40,96 @@ def route_cases(draw: st.DrawFn) -> list[Any]:
 @inputs.some
 @given(route_cases())
 def test_compiled_routing_equals_its_twin(case: list[Any]) -> None:
+    ours = [*case[:2], case[0], *case[3:]]
+    theirs = [a.copy() if isinstance(a, np.ndarray) else a for a in case]
+    theirs[2] = theirs[0]  # the logits are what experts are chosen by
+    routing.route(*ours)
+    routing_twin.route(*theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        if isinstance(mine, np.ndarray):
+            np.testing.assert_array_equal(mine, other)
+
+
+@pytest.mark.compiled
+@inputs.some
+@given(route_cases(), st.booleans(), st.sampled_from([-1, routing_twin.UNGATED]))
+def test_compiled_routing_by_other_scores_equals_its_twin(
+    case: list[Any], sigmoid: bool, shared: int
+) -> None:
+    case[2], case[6], case[8] = inputs.floats("choice", "mixed", case[0].size), sigmoid, shared
+    if sigmoid:
+        case[0] = (1 / (1 + np.exp(-np.clip(case[0], -80, 80)))).astype(np.float32)
     inputs.agree(routing.route, routing_twin.route, *case)
+
+
+def affinity_case(seed: int, flavour: str, experts: int, at: int) -> list[Any]:
+    """Arguments of affinities."""
+    x = inputs.floats((seed, "x"), flavour, at + -(-experts // 16) * 16 + 1, large=30)
+    bias = inputs.uniform((seed, "bias"), experts + 1).view(np.uint8)
+    return [x, at, experts, bias, 4, np.zeros(at + experts + 2, np.float32), at]
+
+
+affinity_cases = st.builds(affinity_case, inputs.seeds, inputs.flavours, st.integers(1, 40), offsets)
+
+
+@pytest.mark.compiled
+@inputs.some
+@given(affinity_cases)
+def test_compiled_affinities_equal_their_twin(case: list[Any]) -> None:
+    inputs.agree(routing.affinities, routing_twin.affinities, *case)
+
+
+@inputs.some
+@given(affinity_cases)
+def test_affinities_are_sigmoids_and_the_bias_is_only_in_the_choice(case: list[Any]) -> None:
+    x, at, experts, bias, bias_at, y, y_at = case
+    before = x.astype(np.float64)
+    routing.affinities(*case)
+    expected = 1 / (1 + np.exp(-before[at : at + experts]))
+    np.testing.assert_allclose(x[at : at + experts], expected, rtol=2e-6, atol=1e-30)
+    biases = bias.view(np.float32)[bias_at // 4 :].astype(np.float64)
+    np.testing.assert_allclose(y[y_at : y_at + experts], expected + biases, rtol=2e-6, atol=2e-7)
+
+
+@st.composite
+def choice_cases(draw: st.DrawFn) -> list[Any]:
+    """Arguments of keep_groups, with ties between groups now and then."""
+    groups, size, best = draw(st.integers(1, 9)), draw(st.integers(1, 6)), draw(st.integers(1, 2))
+    at, seed = draw(offsets), draw(inputs.seeds)
+    y = inputs.whole(seed, -3, 3, at + groups * size + 2).astype(np.float32) / np.float32(4)
+    return [y, at, groups * size, groups, draw(st.integers(1, groups)), best]
+
+
+@pytest.mark.compiled
+@inputs.some
+@given(choice_cases())
+def test_compiled_choices_of_groups_equal_their_twin(case: list[Any]) -> None:
+    inputs.agree(routing.keep_groups, routing_twin.keep_groups, *case)
+
+
+@inputs.some
+@given(choice_cases())
+def test_the_best_groups_are_kept_the_lower_of_equal_ones(case: list[Any]) -> None:
+    y, at, experts, groups, kept, best = case
+    before = y.copy()
+    routing.keep_groups(*case)
+    size = experts // groups
+    parts = [before[at + g * size : at + (g + 1) * size] for g in range(groups)]
+    if size >= best:
+        scores = [float(np.sort(part)[::-1][:best].sum()) for part in parts]
+        wanted = sorted(range(groups), key=lambda g: (-scores[g], g))[:kept]
+        for g, part in enumerate(parts):
+            found = y[at + g * size : at + (g + 1) * size]
+            np.testing.assert_array_equal(found, part if g in wanted else routing_twin.OUT)
+    np.testing.assert_array_equal(y[:at], before[:at])
+    np.testing.assert_array_equal(y[at + experts :], before[at + experts :])
 
 
 @inputs.some
 @given(route_cases())
 def test_the_largest_logits_are_chosen_with_their_probabilities(case: list[Any]) -> None:
-    x, at, experts, active, normalized, shared_at, chosen, chosen_at, weights, weights_at = case
+    x, at, _, _, experts, active, _, normalized, shared_at, chosen, chosen_at, weights, weights_at = case
+    case[2] = x
     logits = [float(v) for v in x[at : at + experts]]
     gate = float(x[shared_at])
     before = weights.copy()
@@ -68,7 +151,7 @@ def test_of_equal_experts_the_lowest_is_chosen() -> None:
     x = np.zeros(32, np.float32)
     x[[3, 9, 17]] = 1
     chosen, weights = np.zeros(4, np.int64), np.zeros(4, np.float32)
-    routing.route(x, 0, 20, 4, True, -1, chosen, 0, weights, 0)
+    routing.route(x, 0, x, 0, 20, 4, False, True, -1, chosen, 0, weights, 0)
     assert chosen.tolist() == [3, 9, 17, 0]
 
 

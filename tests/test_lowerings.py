@@ -39,9 +39,11 @@ from edgert.kernels import (
     topk,
 )
 from edgert.kernels.reference.matmul import SMALL
+from edgert.kernels.reference.softmax import LOWEST
 from edgert.model.forward import Forward
 from tests import kernel_inputs as inputs
 from tests import (
+    test_blocks,
     test_kernel_activation,
     test_kernel_matmul,
     test_kernel_neurons,
@@ -82,10 +84,16 @@ GOLDEN = {
     "attention capped": "248b461c4ad333b8",
     "decode blocks": "569f124588d5ff85",
     "row_sums": "9b652e8e6e055b49",
+    "sinks": "792af7a264335d99",
+    "clamped gate": "7e45c301c70df7ab",
+    "routing groups": "af11a82bccb39f70",
+    "attention sinks": "20eb646231fb8f92",
+    "attention other values": "623aea436bc64ba6",
+    "decode routed": "ec25540045d676c0",
 }
 """The first 16 hexadecimal digits of the SHA-256 of each part's results."""
 
-PROGRAM = ("decode f16", "decode q8", "decode q4", "decode experts", "decode blocks")
+PROGRAM = ("decode f16", "decode q8", "decode q4", "decode experts", "decode blocks", "decode routed")
 """The parts that need the whole program compiled."""
 
 # ---- what is hashed --------------------------------------------------------------------------
@@ -135,7 +143,7 @@ def halves() -> Iterator[Any]:
     x = np.concatenate([ties, -np.nextafter(ties, np.float32(1)), np.zeros(2, np.float32)])
     d = x.size // 4 * 2
     cache = np.zeros(16 * (d + d + 16) * 2, np.uint8)
-    kv.store_f16(cache, 0, 16, 0, d, x, 0, x.size - d)
+    kv.store_f16(cache, 0, 16, 0, d, d, x, 0, x.size - d)
     yield cache
 
 
@@ -182,8 +190,23 @@ def softmaxes() -> Iterator[Any]:
     for seed, flavour in enumerate(inputs.FLAVOURS):
         for first, last in ((0, 100), (5, 6), (17, 90)):
             s = inputs.floats(seed, flavour, 128)
-            yield np.float32(softmax.softmax(s, 4, first, last)).reshape(1)
+            yield np.float32(softmax.softmax(s, 4, first, last, LOWEST)).reshape(1)
             yield s
+
+
+def sinks() -> Iterator[Any]:
+    for seed, flavour in enumerate(inputs.FLAVOURS):
+        for sink in (-20.0, 0.5, 60.0):
+            s = inputs.floats(seed, flavour, 128)
+            yield np.float32(softmax.softmax(s, 4, 17, 90, np.float32(sink))).reshape(1)
+            yield s
+
+
+def clamped_gates() -> Iterator[Any]:
+    for seed, flavour in enumerate(inputs.FLAVOURS):
+        case = test_kernel_activation.clamped_case(seed, flavour, 9, 1, 2, 7.0)
+        activation.clamped_gate(*case)
+        yield case[0]
 
 
 def largest() -> Iterator[Any]:
@@ -197,33 +220,44 @@ def routings() -> Iterator[Any]:
     for seed, flavour in enumerate(inputs.FLAVOURS):
         case = test_kernel_routing.route_case(seed, flavour, 23, 5, seed % 2 == 0, 3)
         routing.route(*case)
-        yield case[6]
-        yield case[8]
+        yield case[9]
+        yield case[11]
         case = test_kernel_routing.combine_case(seed, flavour, 48, 4, 7, 2)
         routing.combine(*case)
         yield case[0]
 
 
-def attentions(kind: int, cap: float = 0.0, slopes: int = -1) -> Iterator[Any]:
+def group_routings() -> Iterator[Any]:
+    for seed, flavour in enumerate(inputs.FLAVOURS):
+        scores = test_kernel_routing.affinity_case(seed, flavour, 24, 3)
+        routing.affinities(*scores)
+        yield scores[0]
+        routing.keep_groups(scores[5], scores[6], 24, 6, 2, 2)
+        yield scores[5]
+
+
+def attentions(kind: int, cap: float = 0.0, slopes: int = -1, sink: int = -1, less: int = 0) -> Iterator[Any]:
     capacity = 96
     path = np.arange(40, 72, 2, dtype=np.int64)
     w = inputs.uniform("slopes", 4).view(np.uint8)
     for seed, (flavour, d) in enumerate([("plain", 24), ("outlier", 64), ("mixed", 2), ("sparse", 6)]):
-        cache = np.zeros(kv.region_bytes(kind, capacity, d), np.uint8)
+        dv = max(2, d - less)
+        cache = np.zeros(kv.region_bytes(kind, capacity, d, dv), np.uint8)
         store = (kv.store_f16, kv.store_q8, kv.store_q4)[kind]
         for slot in range(capacity):
-            store(cache, 0, capacity, slot, d, inputs.floats((seed, slot), flavour, 2 * d, large=100), 0, d)
-        kv.move(kind, cache, 0, capacity, d, 90, 3)
+            x = inputs.floats((seed, slot), flavour, 2 * d, large=100)
+            store(cache, 0, capacity, slot, d, dv, x, 0, d)
+        kv.move(kind, cache, 0, capacity, d, dv, 90, 3)
         yield cache
         for first, last, base in ((0, 90, 90), (0, 1, 1), (21, 60, 60), (0, 47, 40), (43, 50, 40)):
             heads = {90: 4, 60: 2}.get(last, 1)
-            wide, groups = int(attention.width(kind, d)), heads * -(-d // 32)
-            s = np.zeros(heads * (capacity + wide + 1) + 4, np.float32)
+            wide, groups = int(attention.width(kind, dv)), heads * -(-d // 32)
+            s = np.zeros(heads * (capacity + int(attention.width(kind, d)) + 1) + 4, np.float32)
             queries = np.zeros(groups * 32, np.int8), np.zeros(groups, np.float32), np.zeros(groups, np.int32)
             q = inputs.floats((seed, "q"), flavour, heads * d, large=100)
             scale, y_at = np.float32(d**-0.5), heads * capacity
-            place = (cache, 0, capacity, d, q, 0, scale, first, last, base, path, 0, s, 0, y_at)
-            attention.attention(kind, heads, *place, *queries, 0, np.float32(cap), w, slopes)
+            place = (cache, 0, capacity, d, dv, q, 0, scale, first, last, base, path, 0, s, 0, y_at)
+            attention.attention(kind, heads, *place, *queries, 0, np.float32(cap), w, slopes, sink)
             yield s[y_at : y_at + heads * wide]
 
 
@@ -284,6 +318,12 @@ def decoded_blocks() -> Iterator[Any]:
         yield from _greedy(spec, "f16")
 
 
+def decoded_routed() -> Iterator[Any]:
+    """The same of models with sinks and biased experts, and with latent attention."""
+    yield from _greedy(test_blocks.SPECS["sinks"], "f16")
+    yield from _greedy(test_blocks.SPECS["latent"], "q4")
+
+
 def _greedy(spec: ModelSpec, kv_type: Any) -> Iterator[Any]:
     turns = ("q4", "q8", "f16", "f32")
     weights = inputs.tiny_weights(spec, lambda name: turns[sum(name.encode()) % 4], "lowerings")
@@ -322,6 +362,12 @@ PARTS: dict[str, Callable[[], Iterator[Any]]] = {
     "decode q4": lambda: decoded("q4"),
     "decode experts": decoded_experts,
     "decode blocks": decoded_blocks,
+    "sinks": sinks,
+    "clamped gate": clamped_gates,
+    "routing groups": group_routings,
+    "attention sinks": lambda: attentions(1, 0.0, -1, 0),
+    "attention other values": lambda: [*attentions(0, less=8), *attentions(2, less=8)],
+    "decode routed": decoded_routed,
 }
 
 

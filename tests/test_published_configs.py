@@ -1,5 +1,7 @@
 """Configurations as they are published: each is read, and means what the model was trained with."""
 
+import math
+
 import pytest
 
 from edgert.config import GLOBAL_ROPE, LOCAL_ROPE, NO_ROPE, ModelSpec
@@ -58,3 +60,24 @@ def test_what_is_multiplied_into_weights() -> None:
     assert [gemma.offset(name) for name in ("output_norm", "layers.0.ffn_norm", "layers.0.q")] == [1, 1, 0]
     assert gemma.spec.activation == "gelu_tanh"
     assert read("command-r").factor("output_norm") == 0.0625
+
+
+def test_what_they_say_of_latents_and_experts() -> None:
+    oss, lite, moon, v3 = (
+        read(name).spec
+        for name in ("gpt-oss-20b", "deepseek-v2-lite", "moonlight-16b-a3b", "deepseek-v3-bf16")
+    )
+    assert (oss.windows, oss.context, oss.sinks, oss.swiglu_alpha) == ((128, 0) * 12, 131072, True, 1.702)
+    assert oss.rope_magnitude == pytest.approx(0.1 * math.log(32) + 1)
+    assert (lite.head_dim, lite.value_width, lite.kv_heads, lite.query_latent) == (576, 512, 1, 0)
+    assert (lite.shared_width, lite.open_shared, lite.dense_layers) == (2816, True, (0,))
+    assert (lite.routing_groups, lite.sigmoid_routing, lite.normalized_routing) == (0, False, False)
+    assert (lite.context, lite.rope_magnitude) == (163840, 1.0)
+    assert (moon.sigmoid_routing, moon.routing_groups, moon.active_groups) == (True, 1, 1)
+    assert (v3.query_latent, v3.routing_groups, v3.active_groups, v3.dense_layers) == (1536, 8, 4, (0, 1, 2))
+    # A score of a head of 192 is divided by its root, and YaRN's scale of 40 squared multiplies it.
+    yarn = 0.1 * 0.707 * math.log(40) + 1
+    assert read("deepseek-v2-lite").factor("layers.4.q_rope") == pytest.approx((576 / 192) ** 0.5 * yarn**2)
+    assert read("moonlight-16b-a3b").factor("layers.4.q_plain") == pytest.approx(3**0.5)
+    assert read("moonlight-16b-a3b").factor("layers.4.experts.7.down") == 2.446
+    assert read("deepseek-v3-bf16").variant.layout.foreign == ("model.layers.61.",)

@@ -8,6 +8,7 @@ from typing import Any
 from tests.tiny_base import Config, base_config
 from tests.tiny_gated import GATED
 from tests.tiny_plain import PLAIN
+from tests.tiny_routed import ROUTED
 
 
 def _llama(**options: Any) -> Config:
@@ -297,4 +298,5 @@ CONFIGS: dict[str, Config] = {
     "granitemoe_untied": _granitemoe(hidden_size=48, head_dim=12),
     **GATED,
     **PLAIN,
+    **ROUTED,
 }

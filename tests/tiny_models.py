@@ -59,12 +59,12 @@ def weights(config: Mapping[str, Any], seed: int) -> Tensors:
     found: Tensors = {}
     for name, shape in shapes(config).items():
         unit = 2.0 * random(shape) - 1.0  # uniform in -1 to 1: variance 1/3
-        if len(shape) > 1:
-            values = unit * _gain(name, config) * np.sqrt(3.0 / shape[0 if is_transposed(name) else -1])
+        if len(shape) > 1 and not name.endswith("_bias"):
+            values = unit * _gain(name, config) * np.sqrt(3.0 / shape[-2 if is_transposed(name) else -1])
         elif is_gain(name):
             values = _norm_scale(name, config) * (1.0 + 0.5 * unit) - config["model_type"].startswith("gemma")
         else:
-            values = unit * (0.2 if config["model_type"] == "opt" else 1.0)
+            values = unit * (0.2 if config["model_type"] in ("opt", "gpt_oss") else 1.0)
         found[name] = values.astype(np.float16).astype(np.float32)
     return found
 
@@ -77,8 +77,9 @@ def is_gain(name: str) -> bool:
 
 
 def is_transposed(name: str) -> bool:
-    """Whether a matrix is stored as [inputs, outputs]: those of GPT-2 that are no embeddings."""
-    return ".c_" in name and name.startswith("transformer.")
+    """Whether a matrix is stored as [inputs, outputs]: GPT-2's but embeddings, gpt-oss' of experts."""
+    of_experts = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+    return of_experts or (".c_" in name and name.startswith("transformer."))
 
 
 _BEHIND = {
@@ -102,12 +103,12 @@ def _norm_scale(name: str, config: Mapping[str, Any]) -> float:
 def _gain(name: str, config: Mapping[str, Any]) -> float:
     """How much larger the outputs of a matrix are than its inputs."""
     kind = name.split(".")[-2]
-    if kind in ("w2", "output_linear") or (".experts." in name and kind == "down_proj"):
+    if kind in ("w2", "output_linear") or (".experts." in name and "down_proj" in name):
         return 0.15  # less and the weights of a sum of experts would not show
     if kind in ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2"):
         return 1.0 if config["model_type"] in _BEHIND else 0.05
     # A router of gain 3 prefers some experts clearly: no choice hangs on a rounding.
-    return {"gate": 3.0, "layer": 3.0}.get(kind, 1.0)
+    return {"gate": 3.0, "layer": 3.0, "router": 3.0}.get(kind, 1.0)
 
 
 def digest(tensors: Tensors) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-Shapes = dict[str, tuple[int, ...]]
+from tests.tiny_routed import Shapes, deepseek_attention, deepseek_shared, gpt_oss_experts
 
 _AROUND_ATTENTION = ("input_layernorm", "post_attention_layernorm")
 _BEHIND = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -52,6 +52,8 @@ def linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
 
 def _attention(config: Mapping[str, Any]) -> Shapes:
     width, heads, kind = config["hidden_size"], config["num_attention_heads"], config["model_type"]
+    if kind.startswith("deepseek"):
+        return deepseek_attention(config)
     d = config.get("head_dim", width // heads)
     q, kv = heads * d, config["num_key_value_heads"] * d
     bias = config.get("attention_bias", config.get("use_bias", False))
@@ -90,6 +92,8 @@ def _feed_forward(config: Mapping[str, Any]) -> Shapes:
 
 def has_experts(config: Mapping[str, Any], layer: int) -> bool:
     """Whether a layer routes its tokens."""
+    if "n_routed_experts" in config:
+        return layer >= int(config["first_k_dense_replace"])
     if config.get("num_experts", config.get("num_local_experts")) is None:
         return False
     return layer not in config.get("mlp_only_layers", ()) and not (layer + 1) % config.get(
@@ -100,7 +104,9 @@ def has_experts(config: Mapping[str, Any], layer: int) -> bool:
 def expert_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The tensors of one layer's experts, as checkpoints on the hub name them."""
     width, kind = config["hidden_size"], config["model_type"]
-    count = config.get("num_experts", config.get("num_local_experts"))
+    if kind == "gpt_oss":
+        return gpt_oss_experts(config)
+    count = config.get("num_experts", config.get("num_local_experts", config.get("n_routed_experts")))
     ffn = config.get("moe_intermediate_size", config["intermediate_size"])
     if kind == "granitemoe":
         return {
@@ -115,6 +121,8 @@ def expert_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         found[f"{block}.experts.{expert}.{gate}.weight"] = (ffn, width)
         found[f"{block}.experts.{expert}.{up}.weight"] = (ffn, width)
         found[f"{block}.experts.{expert}.{down}.weight"] = (width, ffn)
+    if kind.startswith("deepseek"):
+        found |= deepseek_shared(config)
     if "shared_expert_intermediate_size" in config:
         shared = config["shared_expert_intermediate_size"]
         found["mlp.shared_expert_gate.weight"] = (1, width)

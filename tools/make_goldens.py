@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,11 @@ NEUTRAL: Config = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
+    "rope_interleave": True,
+    "routed_scaling_factor": 1.0,
     "scale_attn_weights": True,
+    "swiglu_alpha": 1.702,
+    "swiglu_limit": 7.0,
 }
 """Options that are usually something else, and the values under which they change nothing."""
 
@@ -102,7 +107,8 @@ def load_checked(name: str, tensors: Tensors) -> PreTrainedModel:
         )
     problems = {kind: found for kind, found in report.items() if found}
     expect(not problems, f"{name}: transformers reports {problems}")
-    parameters = as_stored(dict(model.named_parameters()), tensors)
+    buffers = {name: values for name, values in model.named_buffers() if name in tensors}
+    parameters = as_stored(dict(model.named_parameters()) | buffers, tensors)
     expect(parameters.keys() == tensors.keys(), f"{name}: the models differ in {parameters.keys() ^ tensors}")
     for tensor, values in tensors.items():
         same = np.array_equal(parameters[tensor], values)
@@ -115,6 +121,9 @@ def as_stored(parameters: dict[str, torch.Tensor], tensors: Tensors) -> Tensors:
     found: Tensors = {}
     for name, parameter in parameters.items():
         values = parameter.detach().numpy()
+        if name in tensors:
+            found[name] = values
+            continue
         if name == "lm_head.weight" and "embed_out.weight" in tensors:  # of GPT-NeoX, in transformers 5
             found["embed_out.weight"] = values
             continue
@@ -190,8 +199,10 @@ def without_tensors(config: Config, tensors: Tensors) -> Iterator[Variant]:
     for kind in sorted({name.split(".", 3)[-1] if ".layers." in name else name for name in tensors}):
         if kind.endswith("k_proj.bias") and config["model_type"] == "opt":
             continue  # without rope it adds the same to all scores of a query
-        if kind.endswith(".bias"):
+        if kind.endswith((".bias", "_bias")):
             plain: Callable[[NDArray[np.float32]], NDArray[np.float32]] = np.zeros_like
+        elif kind.endswith("sinks"):  # far below every score
+            plain = partial(np.full_like, fill_value=-1e4)
         elif tiny_models.is_gain(kind):
             plain = np.zeros_like if config["model_type"].startswith("gemma") else np.ones_like
         else:
@@ -272,6 +283,10 @@ def expert_changes(config: Config) -> Iterator[tuple[str, Config]]:
     if "num_experts_per_tok" in config:
         active = config["num_experts_per_tok"]
         yield "experts per token", {"num_experts_per_tok": active - 1 or 2}
+    if config.get("n_group", 1) > 1:
+        groups = config["n_group"]
+        yield "groups of experts", {"topk_group": groups}
+        yield "one group fewer", {"topk_group": config["topk_group"] - 1, "num_experts_per_tok": 2}
     if "norm_topk_prob" in config:
         yield "norm_topk_prob", {"norm_topk_prob": not config["norm_topk_prob"]}
     for name in ("attention", "embedding", "residual"):

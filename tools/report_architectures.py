@@ -56,6 +56,9 @@ PUBLISHED = {
     "qwen2_moe": "Qwen 1.5 and 2 with experts",
     "qwen3_moe": "Qwen 3 with experts",
     "granitemoe": "Granite 3 with experts",
+    "gpt_oss": "gpt-oss 20B and 120B, in MXFP4 as published or not",
+    "deepseek_v2": "DeepSeek-V2, V2-Lite, Coder-V2",
+    "deepseek_v3": "DeepSeek-V3 and R1 in 16 bits, Moonlight",
 }
 """Models of each architecture, for those who know a name and not its `model_type`."""
 
@@ -85,9 +88,17 @@ TAIL = """
 - falcon with ALiBi: slopes times positions are float32, as in llama.cpp; transformers rounds them to bfloat16
   (which shows from 256 positions on, or where slopes are no powers of two), and its eager attention (5.23)
   adds them twice, so that these two models are compared with its default attention.
-- Refused for what they compute: stablelm with `qk_layernorm` (2 12B), cohere with `use_qk_norm` (Command R+),
-  opt with `word_embed_proj_dim` or norms behind (350M), gpt2 with `scale_attn_by_inverse_layer_idx`, and
-  every model_type that is not in the table.
+- deepseek_v2 and deepseek_v3: the cache holds, for each token and layer, the latent twice (in a key of 576
+  numbers, beside its rotated part, and as a value of 512): 1088 numbers, where keys and values of all heads
+  would be 5120 (V2-Lite) or 40960 (V3) and one copy of the latent would be 576. A prompt is computed in the
+  same wide form, because the bits of a row must not depend on the rows beside it: for each key and head 1088
+  products instead of 320. The published 8-bit floats of V3 and R1 are refused (`quantization_config`), and
+  what guesses further tokens is left out.
+- gpt_oss: q8 keeps MXFP4 without loss (8.5 bits for each weight); q4 is another rounding on top of it, whose
+  error `edgert convert` prints.
+- Refused for what they compute: deepseek_v2 with `norm_topk_prob` (transformers ignores it), stablelm with
+  `qk_layernorm` (2 12B), cohere with `use_qk_norm` (Command R+), opt with `word_embed_proj_dim` or norms
+  behind (350M), gpt2 with `scale_attn_by_inverse_layer_idx`, and every model_type that is not in the table.
 - Models for pictures and text are converted without what sees pictures.
 """
 

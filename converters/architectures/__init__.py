@@ -9,6 +9,8 @@ from typing import Final
 from edgert.converters.architectures import (
     cohere,
     cohere2,
+    deepseek_v2,
+    deepseek_v3,
     exaone4,
     falcon,
     gemma,
@@ -17,6 +19,7 @@ from edgert.converters.architectures import (
     glm4,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite,
     granitemoe,
     llama,
@@ -71,6 +74,9 @@ VARIANTS: Final[dict[str, Callable[[HfConfig], Variant]]] = {
     "qwen2_moe": qwen2_moe.variant,
     "qwen3_moe": qwen3_moe.variant,
     "granitemoe": granitemoe.variant,
+    "gpt_oss": gpt_oss.variant,
+    "deepseek_v2": deepseek_v2.variant,
+    "deepseek_v3": deepseek_v3.variant,
 }
 
 __all__ = ["VARIANTS", "Decoder", "describe", "source_name"]

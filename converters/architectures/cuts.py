@@ -1,6 +1,6 @@
 """From the tensors of a checkpoint to one for each of ours: what is fused, transposed or in another order."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final, Protocol, TypeVar
@@ -87,6 +87,30 @@ class Grouped:
 
 
 @dataclass(frozen=True, slots=True)
+class PerHead:
+    """Ours in every head in turn, `sizes` rows of each."""
+
+    heads: int
+    sizes: Mapping[str, int]
+    neighbours: str = ""  # the one whose rotary pairs are neighbours
+
+    @property
+    def total(self) -> int:
+        """See Cut."""
+        return self.heads * sum(self.sizes.values())
+
+    def parts(self) -> dict[str, Rows]:
+        """See Cut."""
+        rows = np.arange(self.total).reshape(self.heads, -1)
+        cuts = np.split(rows, list(accumulate(self.sizes.values()))[:-1], axis=1)
+        found = {name: part.reshape(-1) for name, part in zip(self.sizes, cuts, strict=True)}
+        if self.neighbours:
+            size = self.sizes[self.neighbours]
+            found[self.neighbours] = found[self.neighbours][halves(self.heads, size, size)]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Shifted:
     """One of ours behind some rows that are never used."""
 
@@ -117,6 +141,8 @@ class Layout:
     interleaved: bool = False  # rotary pairs are neighbours (2i, 2i + 1), not the halves (i, i + r/2)
     renamed: Mapping[str, str] = field(default_factory=dict)  # later names of some, and ours for them
     prefixes: Mapping[str, str] = field(default_factory=dict)  # what opens names there, and here
+    # What none of these describes: the tensors of a folder to those with each of ours by itself.
+    expanded: Callable[[Mapping[str, SourceTensor], ModelSpec], Mapping[str, SourceTensor]] | None = None
     foreign: tuple[str, ...] = ()  # what opens the names of tensors that belong to another model
     ignored: tuple[str, ...] = ()  # ends of names of buffers that are no weights
 
@@ -155,7 +181,8 @@ class Layout:
 
     def untangled(self, tensors: Mapping[str, SourceTensor], spec: ModelSpec) -> dict[str, SourceTensor]:
         """The tensors of a folder as `split` takes them: each [N, K], and one for each expert's matrix."""
-        return dict(self._untangled(self._with_base(tensors), spec))
+        expanded = self.expanded(tensors, spec) if self.expanded else tensors
+        return dict(self._untangled(self._with_base(expanded), spec))
 
     def _untangled(
         self, tensors: Iterable[tuple[str, SourceTensor]], spec: ModelSpec

@@ -31,6 +31,7 @@ class Variant:
     windows: tuple[int, ...] = ()  # per layer, as ModelSpec.windows
     joint_qk_norm: bool = False
     experts: "Experts | None" = None
+    latents: "Latents | None" = None
     fields: Mapping[str, Any] = field(default_factory=dict)  # further ones of ModelSpec
     class_name: str = ""  # of transformers, where it does not follow from the model_type
     keys: Mapping[str, str] = field(default_factory=dict)  # what a key of Llama is called here
@@ -43,6 +44,17 @@ class Variant:
     local_rope: HfConfig | None = None  # of the layers that ModelSpec.ropes says
     computed: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)  # vectors no file has
     understood: frozenset[str] = frozenset()  # keys of REFUSED that this architecture computes
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Latent attention of one architecture: `width` and the fields of ModelSpec."""
+
+    width: int  # of the latent of keys and values
+    query_width: int  # of that of queries; 0: they are made of the layer's input
+    plain: int
+    rotary: int
+    value: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +111,13 @@ def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> De
     experts = variant.experts or Experts(0, 0, 0, False)
     width, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     head_dim = config.integer("head_dim", variant.head_dim or max(1, width // heads))
+    kv_heads = config.integer("num_key_value_heads", heads)
+    latents = variant.latents
+    if latents:  # one key and value for all heads
+        kv_heads, head_dim = 1, latents.rotary + latents.width
     positions = config.integer("max_position_embeddings")
     parameters = variant.rope or rope_parameters(config)
-    rotary = _rotary(config, parameters, variant, head_dim)
+    rotary = latents.rotary if latents else _rotary(config, parameters, variant, head_dim)
     rope = make_rope(parameters, rotary or head_dim, positions)
     try:
         spec = ModelSpec(
@@ -109,7 +125,7 @@ def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> De
             layers=layer_count(config),
             width=width,
             heads=heads,
-            kv_heads=config.integer("num_key_value_heads", heads),
+            kv_heads=kv_heads,
             head_dim=head_dim,
             ffn_width=config.integer("intermediate_size"),
             vocab=config.integer("vocab_size"),
@@ -128,6 +144,10 @@ def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> De
             shared_width=experts.shared_width,
             normalized_routing=experts.normalized,
             dense_layers=experts.dense_layers,
+            latent=latents.width if latents else 0,
+            query_latent=latents.query_width if latents else 0,
+            plain_dim=latents.plain if latents else 0,
+            value_dim=latents.value if latents else 0,
             windows=binding(variant.windows, rope.context),
             rope_theta=rope.theta,
             rope_scaling=rope.kind,

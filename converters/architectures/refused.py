@@ -74,7 +74,9 @@ def refuse(config: HfConfig, understood: frozenset[str], class_name: str) -> Non
         )
     code = config.child("auto_map").text("AutoModelForCausalLM", "")
     # Some models were published with code of their own before transformers had the same.
-    if code and code.rpartition("--")[2].lower() != f"modeling_{model_type}.{expected}".lower():
+    modules = (model_type, model_type.rpartition("_v")[0])  # DeepSeek's is called modeling_deepseek
+    known = [f"modeling_{name}.{expected}".lower() for name in modules]
+    if code and code.rpartition("--")[2].lower() not in known:
         raise UnsupportedError(
             f"{config.where}: found auto_map, a model with code of its own, expected transformers' "
             f"{expected}; convert a version without custom code"

@@ -19,6 +19,7 @@ from edgert.converters.gguf.layout import (
     scale_of,
     spread,
 )
+from edgert.converters.mxfp4 import FP4
 
 Integers = tuple[NDArray[np.int8], Floats]
 Lines = tuple[NDArray[np.int8], Floats, Floats]
@@ -28,8 +29,6 @@ Lines = tuple[NDArray[np.int8], Floats, Floats]
 NONLINEAR: Final = np.array(
     (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.int8
 )
-# FP4 (E2M1 of the OCP Microscaling formats 1.0, section 5.3.3), doubled to be whole.
-FP4: Final = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.int8)
 
 
 @blocks_of(("d", "<f2"), ("qs", "u1", 16))

@@ -1,7 +1,9 @@
 """Where in a program the rows lie that meet each matrix."""
 
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +32,9 @@ def find_taps(forward: Forward, weights: Weights) -> list[Tap]:
     The rows of experts' gate and up are those of their layer's router; each expert's down has its own,
     which lie there until they are combined.
     """
-    names = {t.offset: t.name for t in weights.tensors.values() if t.role in ("matrix", "router")}
+    names = sorted((t.offset, t.name) for t in weights.tensors.values() if t.role in ("matrix", "router"))
     found: list[Tap] = []
-    layer, inside = -1, {}
+    layer, inside, last = -1, {}, -1  # last: of the operations that the latest tap stands before
     for at, row in enumerate(forward.code):
         fields = program.FIELDS[int(row[0])]
         operands = dict(zip(fields, map(int, row[3:]), strict=False))
@@ -46,16 +48,14 @@ def find_taps(forward: Forward, weights: Weights) -> list[Tap]:
             name = found[-1].names[-1]
             found.append(Tap(at, (name,), inside, int(name.split(".")[1]), gates=True))
         elif row[0] == program.MATMUL and row[1] != program.FORESEEN:
-            name = names[operands["w_at"]]
-            if (
-                found
-                and not found[-1].gates
-                and found[-1].operands["x"] == operands["x"]
-                and found[-1].at + len(found[-1].names) == at
-            ):
-                found[-1] = Tap(found[-1].at, (*found[-1].names, name), found[-1].operands)
+            # The last that starts there or before: a head has a part of a matrix (see linear_by_head).
+            name = names[bisect(names, operands["w_at"], key=itemgetter(0)) - 1][1]
+            if found and not found[-1].gates and found[-1].operands["x"] == operands["x"] and last + 1 == at:
+                names_so_far = tuple(dict.fromkeys((*found[-1].names, name)))
+                found[-1] = Tap(found[-1].at, names_so_far, found[-1].operands)
             else:
                 found.append(Tap(at, (name,), operands))
+            last = at
     return found
 
 

@@ -110,6 +110,11 @@ def _attention(spec: ModelSpec) -> Iterator[TensorDecl]:
     queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     if spec.block != "post":
         yield from _norm(spec, "attention_norm")
+    if spec.sinks:
+        yield _vector("sinks", spec.heads)
+    if spec.latent:
+        yield from _latent_attention(spec)
+        return
     for name, rows in (("q", queries), ("k", keys), ("v", keys)):
         yield _matrix(name, rows, spec.width)
         if spec.qkv_bias:
@@ -127,15 +132,46 @@ def _attention(spec: ModelSpec) -> Iterator[TensorDecl]:
         yield from _norm(spec, "attention_post_norm")
 
 
+def _latent_attention(spec: ModelSpec) -> Iterator[TensorDecl]:
+    """See model/latent.py."""
+    source, heads = spec.width, spec.heads
+    if spec.query_latent:
+        source = spec.query_latent
+        yield from _biased(spec, "q_down", source, spec.width)
+        yield _vector("q_down_norm", source)
+    yield _matrix("q_plain", heads * spec.plain_dim, source)
+    yield _matrix("q_rope", heads * spec.rotary, source)
+    yield from _biased(spec, "kv_down", spec.latent, spec.width)
+    yield _vector("kv_down_norm", spec.latent)
+    yield from _biased(spec, "k_rope", spec.rotary, spec.width)
+    yield _matrix("k_up", heads * spec.latent, spec.plain_dim)
+    yield _matrix("v_up", heads * spec.value_dim, spec.latent)
+    yield from _biased(spec, "o", spec.width, heads * spec.value_dim)
+
+
+def _biased(spec: ModelSpec, name: str, rows: int, columns: int) -> Iterator[TensorDecl]:
+    """A matrix of latent attention that has a bias where the output has one."""
+    yield _matrix(name, rows, columns)
+    if spec.output_bias:
+        yield _vector(f"{name}_bias", rows)
+
+
 def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[TensorDecl]:
     width, ffn, prefix = spec.width, spec.ffn_width, ""
     if spec.block != "post" and not spec.shared_norm:
         yield from _norm(spec, "ffn_norm")
     if spec.has_experts(layer):
         yield TensorDecl("router", (spec.experts, width), "router")
+        if spec.sigmoid_routing:
+            yield _vector("choice_bias", spec.experts)
+        if spec.expert_biases:
+            yield _vector("router_bias", spec.experts)
+            for part, size in (("gate", spec.expert_width), ("up", spec.expert_width), ("down", width)):
+                yield _vector(f"experts_{part}_bias", spec.experts * size)
         if not spec.shared_width:
             return
-        yield TensorDecl("shared_router", (1, width), "router")
+        if not spec.open_shared:
+            yield TensorDecl("shared_router", (1, width), "router")
         ffn, prefix = spec.shared_width, "shared_"
     if spec.neurons:
         rank = spec.predictor(layer)

@@ -1,5 +1,6 @@
 """Writes the program of a model: what an architecture file says, as rows of the operation table."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +13,10 @@ from edgert.kernels.attention import MOST_HEADS
 from edgert.kernels.matmul import Q8, record_bytes
 from edgert.kernels.neuron_packing import SPAN
 from edgert.kv_cache import KvCache
+from edgert.model.compression import LATENT_EPS, Compression
 from edgert.model.firing import Firing
 from edgert.model.routing import Routing
-from edgert.state import MAX_OUTPUTS, Layout, Rows, Weights, padded
+from edgert.state import MAX_OUTPUTS, Layout, Matrix, Rows, Weights, padded
 
 
 class Builder:
@@ -42,8 +44,10 @@ class Builder:
         self.normed = layout.rows(rows, spec.width, quantized=True)  # [T, D]
         self.q = layout.rows(rows, spec.heads * spec.head_dim)  # [T, H*d]
         self.k = layout.rows(rows, spec.kv_heads * spec.head_dim)  # [T, K*d]
-        self.v = layout.rows(rows, spec.kv_heads * spec.head_dim)  # [T, K*d]
-        self.mixed = layout.rows(rows, spec.heads * spec.head_dim, quantized=True)  # [T, H*d]
+        self.v = layout.rows(rows, spec.kv_heads * spec.value_width)  # [T, K*d]
+        self.mixed = layout.rows(rows, spec.heads * spec.value_width, quantized=True)  # [T, H*d]
+        if spec.latent:
+            self.compression = Compression(spec, rows, layout)
         if spec.has_dense_layers:
             self.gate = layout.rows(rows, spec.ffn_width, quantized=True)  # [T, F]
             if not spec.plain_ffn:
@@ -160,6 +164,10 @@ class Builder:
         self._norm(gain, self.hidden, x, program.FORESEEN)
         self.linear(router, x, y, rows=program.FORESEEN)
 
+    def latent_norm(self, gain: str, x: Rows, y: Rows, width: int) -> Rows:
+        """y = RMSNorm of a latent of `width`."""
+        return self._norm(gain, x, y, program.TOKENS, width, centred=False, eps=LATENT_EPS)
+
     def _norm(
         self,
         gain: str,
@@ -168,13 +176,14 @@ class Builder:
         rows: int,
         width: int = 0,
         *,
+        eps: float | None = None,
         centred: bool | None = None,
         total: Rows | None = None,
     ) -> Rows:
         self.add(
             program.NORM,
             rows=rows,
-            real=self.spec.norm_eps,
+            real=self.spec.norm_eps if eps is None else eps,
             x=x.at,
             x_stride=x.stride,
             width=width or self.spec.width,
@@ -204,7 +213,30 @@ class Builder:
 
         rows: what x and y hold, CHOSEN for the rows whose logits are wanted.
         """
-        matrix, tiling = self.weights.matrix(name), self.config.tiling
+        bias = self.weights.vector(f"{name}_bias")
+        self._linear(self.weights.matrix(name), bias, x, y, add=add, last=last, rows=rows)
+
+    def linear_by_head(self, name: str, x: Sequence[Rows], y: Sequence[Rows]) -> None:
+        """y[h] = W[h] x[h]: the rows of the matrix `name` are those of one matrix for each head in turn."""
+        whole, heads = self.weights.matrix(name), len(y)
+        blocks = whole.blocks // heads
+        step = blocks * whole.groups * int(record_bytes(whole.quant))
+        for h in range(heads):
+            part = whole._replace(at=whole.at + h * step, blocks=blocks)
+            self._linear(part, -1, x[h], y[h], last=h + 1 == heads)
+
+    def _linear(
+        self,
+        matrix: Matrix,
+        bias: int,
+        x: Rows,
+        y: Rows,
+        *,
+        add: bool = False,
+        last: bool = True,
+        rows: int = program.TOKENS,
+    ) -> None:
+        tiling = self.config.tiling
         self.add(
             program.MATMUL,
             rows=rows,
@@ -219,7 +251,7 @@ class Builder:
             xq=x.quantized,
             y=y.at,
             y_stride=y.stride,
-            bias=self.weights.vector(f"{name}_bias"),
+            bias=bias,
             keep=add,
             most=tiling.most,
             ahead=tiling.ahead,
@@ -242,6 +274,7 @@ class Builder:
             heads=self.spec.heads,
             kv_heads=self.spec.kv_heads,
             d=self.spec.head_dim,
+            dv=self.spec.value_width,
             rotary=0 if rope == NO_ROPE else self.spec.rotated,
             table=self.tables.get(rope, 0),
             kind=self.cache.kind,
@@ -263,6 +296,7 @@ class Builder:
             heads=self.spec.heads,
             kv_heads=self.spec.kv_heads,
             d=self.spec.head_dim,
+            dv=self.spec.value_width,
             kind=self.cache.kind,
             region=self.cache.layer(layer),
             region_bytes=self.cache.region_bytes,
@@ -274,12 +308,13 @@ class Builder:
             scratch_stride=self.scratch_stride,
             queries=self.queries,
             slopes=self.weights.vector("alibi_slopes"),
+            sinks=self.weights.vector(f"layers.{layer}.sinks"),
         )
         return self.quantize(self.mixed)
 
-    def quantize(self, x: Rows) -> Rows:
-        """The quantised rows of x."""
-        self.add(program.QUANTIZE, x=x.at, x_stride=x.stride, groups=x.groups, xq=x.quantized)
+    def quantize(self, x: Rows, *, last: bool = True) -> Rows:
+        """The quantised rows of x; `last` of those that may run side by side."""
+        self.add(program.QUANTIZE, barrier=last, x=x.at, x_stride=x.stride, groups=x.groups, xq=x.quantized)
         return x
 
     def gated(self, down: str, gate: Rows, up: Rows | None = None) -> Rows:

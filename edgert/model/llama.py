@@ -6,7 +6,7 @@ They differ in what the ModelSpec and the tensors say (biases, norms of q and k,
 gate, positions in the embedding), not in the order of computation.
 """
 
-from edgert.model import neurons
+from edgert.model import latent, neurons
 from edgert.model.builder import Builder
 from edgert.state import Rows
 
@@ -33,6 +33,8 @@ def attention(b: Builder, index: int) -> None:
 def heads(b: Builder, index: int, x: Rows) -> Rows:
     """The outputs of all heads, side by side, for the input x."""
     name, spec = f"layers.{index}", b.spec
+    if spec.latent:
+        return latent.heads(b, index, x)
     b.linear(f"{name}.q", x, b.q, last=False)
     b.linear(f"{name}.k", x, b.k, last=False)
     b.linear(f"{name}.v", x, b.v)

@@ -1,4 +1,4 @@
-"""Models with experts: mixtral, olmoe, qwen2_moe, qwen3_moe, granitemoe (Jiang et al., 2024).
+"""Models with experts: mixtral and those in MODEL_TYPES (Jiang et al., 2024, arXiv:2401.04088).
 
 Attention is Llama's. In place of the feed-forward a router chooses k of E experts for each token, and
 their outputs are added, weighted. What differs between them is in the ModelSpec; the multipliers of
@@ -8,14 +8,18 @@ Granite are in its weights (converters/architectures/granitemoe.py).
 from edgert.config import ACTIVATIONS
 from edgert.kernels import program, sparing
 from edgert.kernels.matmul import Q8, record_bytes
+from edgert.kernels.reference.routing import UNGATED
 from edgert.kernels.requests import TABLE
 from edgert.model import llama
 from edgert.model.builder import Builder
-from edgert.model.routing import MOST_FORESEEN
+from edgert.model.routing import MOST_FORESEEN, Foreseen, Routing
 from edgert.state import Rows, padded
 
 BLOCK = "pre"
-MODEL_TYPES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe")
+MODEL_TYPES = (
+    *("mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe"),
+    *("gpt_oss", "deepseek_v2", "deepseek_v3"),
+)
 
 
 def layer(b: Builder, index: int) -> None:
@@ -30,8 +34,9 @@ def layer(b: Builder, index: int) -> None:
 def experts(b: Builder, index: int, x: Rows) -> None:
     """hidden += the weighted sum of the experts that each row of x chooses, and of the shared one."""
     name, r = f"layers.{index}", b.routing
-    b.linear(f"{name}.router", x, r.logits, last=r.shared is None)
-    if r.shared is not None:
+    gated = r.shared is not None and r.shared.logit is not None
+    b.linear(f"{name}.router", x, r.logits, last=not gated)
+    if r.shared is not None and r.shared.logit is not None:
         b.linear(f"{name}.shared_router", x, r.shared.logit)
     ahead = b.control is not None and index + 1 < b.spec.last_layer and b.spec.has_experts(index + 1)
     if ahead:
@@ -53,39 +58,56 @@ def _foresee(b: Builder, index: int) -> None:
     From the residual after attention, with the next layer's own norm (Fate, arXiv:2502.12224,
     with the later input): the experts of this layer are all that is missing in it.
     """
-    next_, seen, spec = f"layers.{index + 1}", b.routing.foreseen, b.spec
+    next_, seen = f"layers.{index + 1}", b.routing.foreseen
     b.foreseen(f"{next_}.ffn_norm", f"{next_}.router", seen.x, seen.logits)
+    _choose(b, index + 1, seen, program.FORESEEN, normalized=False, shared=-1, shared_stride=0)
+
+
+def _choose(
+    b: Builder,
+    index: int,
+    r: Routing | Foreseen,
+    rows: int,
+    *,
+    normalized: bool,
+    shared: int,
+    shared_stride: int,
+) -> None:
+    """The experts of each row and their weights, by the router of layer `index`."""
+    spec = b.spec
     b.add(
         program.ROUTE,
-        rows=program.FORESEEN,
-        x=seen.logits.at,
-        x_stride=seen.logits.stride,
+        rows=rows,
+        x=r.logits.at,
+        x_stride=r.logits.stride,
         experts=spec.experts,
         active=spec.active_experts,
-        normalized=False,
-        shared=-1,
-        shared_stride=0,
-        chosen=seen.chosen,
-        weights=seen.weights.at,
-        weights_stride=seen.weights.stride,
+        normalized=normalized,
+        shared=shared,
+        shared_stride=shared_stride,
+        chosen=r.chosen,
+        weights=r.weights.at,
+        weights_stride=r.weights.stride,
+        choice=r.choice.at if r.choice else -1,
+        choice_stride=r.choice.stride if r.choice else 0,
+        bias=b.weights.vector(f"layers.{index}.choice_bias"),
+        groups=spec.routing_groups,
+        kept=spec.active_groups,
     )
 
 
 def _route(b: Builder, index: int, x: Rows) -> None:
     """The experts of each row, and the rows of each expert side by side."""
     r, spec = b.routing, b.spec
-    b.add(
-        program.ROUTE,
-        x=r.logits.at,
-        x_stride=r.logits.stride,
-        experts=spec.experts,
-        active=spec.active_experts,
+    logit = r.shared.logit if r.shared else None
+    _choose(
+        b,
+        index,
+        r,
+        program.TOKENS,
         normalized=spec.normalized_routing,
-        shared=r.shared.logit.at if r.shared else -1,
-        shared_stride=r.shared.logit.stride if r.shared else 0,
-        chosen=r.chosen,
-        weights=r.weights.at,
-        weights_stride=r.weights.stride,
+        shared=logit.at if logit else UNGATED if r.shared else -1,
+        shared_stride=logit.stride if logit else 0,
     )
     if b.control is not None and any(b.spared):
         _spare(b, index, b.control)
@@ -160,6 +182,8 @@ def _compute(b: Builder, index: int) -> None:
     unit = tiling.unit_blocks(int(record_bytes(max(b.weights.expert_quants(index)))) * r.routed.groups)
     b.add(
         program.EXPERTS,
+        real=spec.swiglu_alpha,
+        cap=spec.swiglu_limit,
         table=index * b.members * TABLE,
         groups=r.routed.groups,
         blocks=-(-spec.expert_width // 16),
@@ -178,6 +202,12 @@ def _compute(b: Builder, index: int) -> None:
         most=tiling.most,
         ahead=tiling.ahead,
         control=-1 if b.control is None else b.control,
+        gate_biases=b.weights.vector(f"layers.{index}.experts_gate_bias"),
+        up_biases=b.weights.vector(f"layers.{index}.experts_up_bias"),
+        down_biases=b.weights.vector(f"layers.{index}.experts_down_bias"),
+        inner_rows=spec.expert_width,
+        outer_rows=spec.width,
+        experts=spec.experts,
     )
     b.add(
         program.COMBINE,

@@ -18,6 +18,7 @@ class Routing:
         active = spec.active_experts
         entries = rows * active
         self.logits = layout.rows(rows, spec.experts)  # [T, E]
+        self.choice = layout.rows(rows, spec.experts) if chosen_apart(spec) else None  # [T, E]
         self.weights = layout.rows(rows, active + 1)  # [T, k] and the weight of the shared expert
         self.routed = layout.rows(entries, spec.width, quantized=True)  # [T*k, D] in, then out
         self.gate = layout.rows(entries, spec.expert_width, quantized=True)  # [T*k, F]
@@ -33,12 +34,18 @@ class Routing:
         self.shared = Shared(spec, rows, layout) if spec.shared_width else None
 
 
+def chosen_apart(spec: ModelSpec) -> bool:
+    """Whether experts are chosen by other numbers than their logits."""
+    return spec.sigmoid_routing or spec.routing_groups > 1
+
+
 class Foreseen:
     """The buffers in which a layer predicts the experts of the next, for a few rows."""
 
     def __init__(self, spec: ModelSpec, layout: Layout) -> None:
         self.x = layout.rows(MOST_FORESEEN, spec.width)  # [R, D]
         self.logits = layout.rows(MOST_FORESEEN, spec.experts)  # [R, E]
+        self.choice = layout.rows(MOST_FORESEEN, spec.experts) if chosen_apart(spec) else None  # [R, E]
         self.weights = layout.rows(MOST_FORESEEN, spec.active_experts)  # [R, k]
         self.chosen = layout.integers(MOST_FORESEEN * spec.active_experts)  # [R, k]
 
@@ -47,7 +54,7 @@ class Shared:
     """The buffers of the expert that every token takes."""
 
     def __init__(self, spec: ModelSpec, rows: int, layout: Layout) -> None:
-        self.logit = layout.rows(rows, 1)  # [T, 1]
+        self.logit = None if spec.open_shared else layout.rows(rows, 1)  # [T, 1]
         self.gate = layout.rows(rows, spec.shared_width, quantized=True)  # [T, F]
         self.up = layout.rows(rows, spec.shared_width)  # [T, F]
         self.out = layout.rows(rows, spec.width)  # [T, D]

@@ -54,3 +54,11 @@ def gate(kind, g, g_at, u, u_at, count):
 def soft_cap(x, x_at, count, cap):
     """See kernels/activation.py."""
     x[x_at : x_at + count] = capped(x[x_at : x_at + count], np.float32(cap))
+
+
+def clamped_gate(g, g_at, u, u_at, count, alpha, limit):
+    """See kernels/activation.py."""
+    one, alpha, limit = np.float32(1), np.float32(alpha), np.float32(limit)
+    x = np.minimum(g[g_at : g_at + count], limit)
+    up = np.maximum(np.minimum(u[u_at : u_at + count], limit), -limit)
+    g[g_at : g_at + count] = (x / (one + exp(np.float32(0) - alpha * x))) * (up + one)
