@@ -1,35 +1,27 @@
-"""The cloud half against edges of every kind: repeated, hostile, many, and gone."""
+"""The cloud half against edges of every kind: repeated, resumed, many, and gone."""
 
-import queue
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 
 import edgert
-from edgert.config import EngineConfig
-from edgert.format import ErtFile
-from edgert.format.identity import identity
 from edgert.handoff.certs import write_certificates
-from edgert.handoff.handoff_pb2 import Ask, Draft, FromCloud, FromEdge, Hello, Rows, Sampling
+from edgert.handoff.handoff_pb2 import Draft, Rows, Sampling
 from edgert.handoff.sessions import Limits
 from edgert.handoff.setup import HandoffConfig
-from edgert.handoff.states import EMPTY_CHAIN, Chain, encode
+from edgert.handoff.states import EMPTY_CHAIN, Chain
 from edgert.handoff.transport import Certificates
-from edgert.handoff.wire import METHOD, NAME
-from edgert.model.forward import Forward
-from edgert.state import Weights
-from tests.handoff_models import LAYER, Files, Server, count, random_tokens, serving
-
-GREEDY = Sampling(top_p=1.0, repetition_penalty=1.0)
+from edgert.handoff.wire import NAME
+from tests.handoff_models import Files, Server, count, random_tokens, serving
+from tests.handoff_raw import Raw, Text, hello, identity_of
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +31,7 @@ def files(handoff_files: Files) -> Files:
 
 @pytest.fixture(scope="module")
 def model(files: Files) -> str:
-    with ErtFile.open(files.whole) as file:
-        return identity(file)
+    return identity_of(files)
 
 
 @pytest.fixture(scope="module")
@@ -49,76 +40,11 @@ def cloud(files: Files) -> Iterator[Server]:
         yield server
 
 
-class Raw:
-    """One stream, message by message."""
-
-    def __init__(self, address: str, channel: Any = None) -> None:
-        self.channel = channel or grpc.insecure_channel(address)
-        self._out: queue.Queue[bytes | None] = queue.Queue()
-        self._call = self.channel.stream_stream(METHOD)(iter(self._out.get, None))
-
-    def send(self, data: bytes | None = None, **kind: Any) -> "Raw":
-        self._out.put(FromEdge(**kind).SerializeToString() if data is None else data)
-        return self
-
-    def hear(self) -> Any:
-        message = FromCloud.FromString(next(self._call))
-        return getattr(message, str(message.WhichOneof("kind")))
-
-    def refusal(self) -> tuple[Any, str]:
-        with pytest.raises(grpc.RpcError) as error:
-            while True:
-                next(self._call)
-        return error.value.code(), str(error.value.details())
-
-    def close(self) -> None:
-        self._out.put(None)
-        self._call.cancel()
-        self.channel.close()
-
-
 @pytest.fixture
-def raw(cloud: Server) -> Iterator[Callable[..., Raw]]:
-    made: list[Raw] = []
-
-    def make(server: Server = cloud, channel: Any = None) -> Raw:
-        made.append(Raw(server.address, channel))
-        return made[-1]
-
-    yield make
-    for stream in made:
-        stream.close()
-
-
-class Text:
-    """A sequence of tokens with its hidden rows, as an edge computes them, and the whole model's choices."""
-
-    def __init__(self, files: Files, label: object, length: int = 12) -> None:
-        self.tokens = random_tokens(label, length, 80)
-        with ErtFile.open(files.whole) as file:
-            forward = Forward(Weights.of_file(file), EngineConfig(1, 64, 64))
-            try:
-                hidden = forward.run(self.tokens, layers=(0, LAYER)).copy()
-                logits = forward.run(self.tokens, layers=(LAYER, 3), outputs=range(length)).copy()
-            finally:
-                forward.close()
-        self.choices = [int(i) for i in logits.argmax(axis=1)]
-        self.states = [encode("f32", hidden[i : i + 1]) for i in range(length)]
-        self.chain = Chain()
-        for token, state in zip(self.tokens, self.states, strict=True):
-            self.chain.append(token, state)
-
-    def rows(self, first: int, last: int) -> Rows:
-        states = b"".join(self.states[first:last])
-        return Rows(first=first, prefix=self.chain.at(first), tokens=self.tokens[first:last], states=states)
-
-    def ask(self, rows: int) -> Ask:
-        return Ask(rows=rows, prefix=self.chain.at(rows))
-
-
-def hello(of: str, name: bytes = b"x" * 16, **fields: Any) -> Hello:
-    known: dict[str, Any] = {"version": 1, "session": name, "model": of, "layer": LAYER, "states": 1}
-    return Hello(**(known | {"sampling": GREEDY, "prompt": 4, "prefix": EMPTY_CHAIN} | fields))
+def raw(cloud: Server) -> Iterator[Callable[[], Raw]]:
+    """Makes streams to the cloud half, and closes them."""
+    with ExitStack() as made:
+        yield lambda: made.enter_context(closing(Raw(cloud.address)))
 
 
 # ---- order and repetition --------------------------------------------------------------------
@@ -181,190 +107,6 @@ def test_a_session_goes_on_over_another_stream(files: Files, model: str, raw: Ca
     # And none of them: their hash is another.
     fourth = raw()
     assert fourth.send(hello=hello(model, name, rows=5, prefix=b"?" * 16)).hear().rows == 0
-
-
-# ---- what is refused -------------------------------------------------------------------------
-
-Sent = Callable[[Text, str], list[dict[str, Any]]]
-GREETED: list[tuple[str, Sent, str, str]] = [
-    (
-        "not a message",
-        lambda t, m: [{"data": b"\xff\xff\xff"}],
-        "INVALID_ARGUMENT",
-        "none of this wire",
-    ),
-    ("nothing in it", lambda t, m: [{"data": b""}], "INVALID_ARGUMENT", "no kind"),
-    ("a second hello", lambda t, m: [{"hello": hello(m)}], "INVALID_ARGUMENT", "expected one hello"),
-    (
-        "a token out of range",
-        lambda t, m: [{"rows": Rows(prefix=EMPTY_CHAIN, tokens=[10**6], states=t.states[0])}],
-        "INVALID_ARGUMENT",
-        "token 1000000 in a vocabulary",
-    ),
-    (
-        "bytes missing",
-        lambda t, m: [{"rows": Rows(prefix=EMPTY_CHAIN, tokens=[1], states=t.states[0][:-1])}],
-        "INVALID_ARGUMENT",
-        "expected 160 each",
-    ),
-    ("no rows", lambda t, m: [{"rows": Rows(prefix=EMPTY_CHAIN)}], "INVALID_ARGUMENT", "0 rows"),
-    (
-        "not a number",
-        lambda t, m: [{"rows": Rows(prefix=EMPTY_CHAIN, tokens=[1], states=b"\xff" * 160)}],
-        "INVALID_ARGUMENT",
-        "not numbers",
-    ),
-    (
-        "another row for the same number",
-        lambda t, m: [
-            {"rows": t.rows(0, 2)},
-            {"rows": Rows(first=1, prefix=t.chain.at(1), tokens=[t.tokens[1]], states=t.states[0])},
-        ],
-        "FAILED_PRECONDITION",
-        "row 1 is another",
-    ),
-    (
-        "rows after others",
-        lambda t, m: [
-            {"rows": t.rows(0, 2)},
-            {"rows": Rows(first=2, prefix=b"?" * 16, tokens=[1], states=t.states[0])},
-        ],
-        "FAILED_PRECONDITION",
-        "follow others",
-    ),
-    (
-        "a question about other rows",
-        lambda t, m: [{"rows": t.rows(0, 2)}, {"ask": Ask(rows=2, prefix=b"?" * 16)}],
-        "FAILED_PRECONDITION",
-        "other rows",
-    ),
-    (
-        "several tokens of a half",
-        lambda t, m: [{"rows": t.rows(0, 2)}, {"ask": Ask(rows=2, prefix=t.chain.at(2), most=4)}],
-        "FAILED_PRECONDITION",
-        "need a session whose layers are all here",
-    ),
-    (
-        "a draft that is no tree",
-        lambda t, m: [{"draft": Draft(rows=1, tokens=[1], parents=[0])}],
-        "INVALID_ARGUMENT",
-        "a draft with",
-    ),
-    (
-        "more than the context",
-        lambda t, m: [{"rows": Rows(prefix=EMPTY_CHAIN, tokens=[1] * 65, states=t.states[0] * 65)}],
-        "RESOURCE_EXHAUSTED",
-        "65 rows do not fit in a context of 64",
-    ),
-    ("too large", lambda t, m: [{"data": b"x" * ((4 << 20) + 1)}], "RESOURCE_EXHAUSTED", "a message of"),
-]
-
-
-@pytest.mark.parametrize(
-    ("sent", "code", "text"), [case[1:] for case in GREETED], ids=[c[0] for c in GREETED]
-)
-def test_a_broken_message_ends_its_stream_and_is_counted(
-    files: Files, model: str, cloud: Server, raw: Callable[..., Raw], sent: Sent, code: str, text: str
-) -> None:
-    refused = sum(count(cloud, "edgert_refusals_total", reason=r) for r in REASONS)
-    stream = raw()
-    stream.send(hello=hello(model, b"broken" + b"." * 10)).hear()
-    for message in sent(Text(files, "broken"), model):
-        stream.send(**message)
-    found, details = stream.refusal()
-    assert found.name == code and text in details
-    assert sum(count(cloud, "edgert_refusals_total", reason=r) for r in REASONS) == refused + 1
-    fresh = raw()  # and nobody else is disturbed
-    assert fresh.send(hello=hello(model, b"after it" + b"." * 8)).hear().rows == 0
-
-
-REASONS = ("malformed", "mismatch", "too many", "too large", "replaced", "internal")
-
-
-@pytest.mark.parametrize(
-    ("fields", "code", "text"),
-    [
-        ({"version": 2}, "FAILED_PRECONDITION", "found version 2 of the wire, expected 1"),
-        ({"model": "0" * 64}, "FAILED_PRECONDITION", "found an edge of the model 000000000000"),
-        ({"layer": 1}, "FAILED_PRECONDITION", "layers 2 to 3; this edge needs the layers from 1 on"),
-        ({"layer": 0, "states": 0}, "FAILED_PRECONDITION", "layers 2 to 3; this edge needs all layers"),
-        ({"states": 0}, "INVALID_ARGUMENT", "rows of kind 0 for layer 2"),
-        ({"states": 9}, "INVALID_ARGUMENT", "rows of kind 9"),
-        ({"session": b"short"}, "INVALID_ARGUMENT", "a session name of 5 bytes"),
-        (
-            {"sampling": Sampling(temperature=-1, top_p=1, repetition_penalty=1)},
-            "INVALID_ARGUMENT",
-            "temperature",
-        ),
-    ],
-)
-def test_a_hello_that_does_not_fit_is_refused(
-    model: str, raw: Callable[..., Raw], fields: dict[str, Any], code: str, text: str
-) -> None:
-    found, details = raw().send(hello=hello(model, **fields)).refusal()
-    assert found.name == code and text in details
-
-
-def test_far_too_large_messages_are_refused_by_the_transport(model: str, raw: Callable[..., Raw]) -> None:
-    stream = raw()
-    stream.send(hello=hello(model, b"huge" + b"." * 12)).hear()
-    assert stream.send(data=b"x" * (8 << 20)).refusal()[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
-
-
-# ---- limits ----------------------------------------------------------------------------------
-
-
-def test_places_and_clients_are_limited_and_idle_sessions_make_room(files: Files, model: str) -> None:
-    limits = Limits(per_client=3, grace_s=0.3)
-    with serving(files.cloud, sequences=2, limits=limits) as server:
-        text = Text(files, "limits")
-        streams = [Raw(server.address) for _ in range(3)]
-        for n in (0, 1):
-            streams[n].send(hello=hello(model, bytes([n]) * 16)).hear()
-            streams[n].send(rows=text.rows(0, 6)).hear()
-        code, details = streams[2].send(hello=hello(model, b"2" * 16)).refusal()
-        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "all 2 places are in use" in details
-        time.sleep(0.4)
-        streams[1].send(rows=text.rows(6, 7)).hear()  # in use
-        third = Raw(server.address)
-        assert third.send(hello=hello(model, b"2" * 16)).hear().rows == 0
-        # The first lost its place, comes back, and is asked for everything.
-        time.sleep(0.4)
-        assert streams[0].send(rows=text.rows(6, 8)).hear().rows == 0
-        assert streams[0].send(rows=text.rows(0, 8)).hear().rows == 8
-        assert streams[0].send(ask=text.ask(8)).hear().tokens[0].id == text.choices[7]
-        deadline = time.monotonic() + 10
-        while count(server, "edgert_evictions_total") < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        for stream in (*streams, third):
-            stream.close()
-    with serving(files.cloud, limits=Limits(per_client=1)) as server:
-        one, two = Raw(server.address), Raw(server.address)
-        one.send(hello=hello(model, b"1" * 16)).hear()
-        code, details = two.send(hello=hello(model, b"2" * 16)).refusal()
-        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and "client 'local' holds 1 sessions" in details
-        one.close()
-        two.close()
-
-
-def test_rows_that_wait_are_bounded_and_long_prompts_computed_as_they_come(files: Files, model: str) -> None:
-    text = Text(files, "waiting", 40)
-    with serving(files.cloud, chunk=8, limits=Limits(waiting_bytes=20 * 160)) as server:
-        stream = Raw(server.address)
-        stream.send(hello=hello(model)).hear()
-        assert stream.send(rows=text.rows(0, 15)).hear().rows == 15
-        # 15 rows wait; those after them have room only because these are computed, unasked, meanwhile.
-        assert stream.send(rows=text.rows(15, 25)).hear().rows == 25
-        assert stream.send(ask=text.ask(25)).hear().tokens[0].id == text.choices[24]
-        code, details = stream.send(rows=text.rows(25, 40)).send(rows=text.rows(25, 40)).hear(), None
-        assert code.rows == 40 and details is None
-        other = Raw(server.address)
-        other.send(hello=hello(model, b"other" + b"." * 11)).hear()
-        found, why = other.send(rows=text.rows(0, 21)).refusal()
-        assert found == grpc.StatusCode.RESOURCE_EXHAUSTED and "bytes of hidden rows wait" in why
-        stream.close()
-        other.close()
 
 
 # ---- several tokens at once ------------------------------------------------------------------
@@ -496,24 +238,3 @@ def test_a_server_that_is_told_to_end_drains_and_leaves(files: Files, model: str
             assert process.wait(30) == 0
         finally:
             process.kill()
-
-
-def test_states_survive_the_wire_as_well_as_it_promises() -> None:
-    from edgert.errors import LinkError
-    from edgert.handoff.states import decode, row_bytes
-
-    rows = np.random.default_rng(1).standard_normal((5, 70)).astype(np.float32)
-    rows[1] *= 1e4
-    rows[2, 3] = 900.0  # an outlier spoils its group of 32, and no other
-    rows[3] = 0
-    for wire, error in (("f32", 0.0), ("f16", 2.0**-11), ("int8", 0.5 / 127 + 2.0**-11)):
-        data = encode(wire, rows)  # type: ignore[arg-type]
-        assert len(data) == 5 * row_bytes(wire, 70)  # type: ignore[arg-type]
-        found = decode(wire, data, 5, 70)  # type: ignore[arg-type]
-        for start in (0, 32, 64):
-            group = slice(start, start + 32)
-            largest = np.abs(rows[:, group]).max(axis=1, keepdims=True)
-            assert (np.abs(found[:, group] - rows[:, group]) <= error * largest + 1e-7).all()
-        with pytest.raises(LinkError, match="bytes of hidden values"):
-            decode(wire, data[:-1], 5, 70)  # type: ignore[arg-type]
-    assert np.isfinite(decode("f16", encode("f16", np.full((1, 4), 1e9, np.float32)), 1, 4)).all()

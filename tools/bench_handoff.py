@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--layer", type=int, help="where to split [the last exit]")
     parser.add_argument("--stories", type=int, default=100)
-    parser.add_argument("--timed", type=int, default=4, help="stories timed on each link")
+    parser.add_argument("--timed", type=int, default=3, help="stories timed on each link")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("-n", type=int, default=96, help="tokens generated")
     parser.add_argument(

@@ -102,9 +102,11 @@ class Gateway:
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the way down tells why
             self.metrics.received.inc(len(first))
             await call.write(first)
-            async for data in requests:
-                self.metrics.received.inc(len(data))
-                await call.write(data)
+            # Closed at the end, as in service.py: it holds the latest message.
+            async with contextlib.aclosing(aiter(requests)) as messages:  # type: ignore[type-var]
+                async for data in messages:
+                    self.metrics.received.inc(len(data))
+                    await call.write(data)
             await call.done_writing()
 
     async def _end(self, context: Any, address: Address, error: grpc.aio.AioRpcError) -> None:

@@ -98,11 +98,14 @@ class Service:
 
     async def _read(self, requests: AsyncIterator[bytes], stream: "_Stream") -> None:
         try:
-            async for data in requests:
-                await self._receive(data, stream)
+            # Closed at the end: gRPC's iterator holds the latest message, maybe a large one, in a cycle.
+            async with contextlib.aclosing(aiter(requests)) as messages:  # type: ignore[type-var]
+                async for data in messages:
+                    await self._receive(data, stream)
             stream.out.put_nowait(None)
         except RefusedError as refusal:
-            stream.out.put_nowait(refusal)
+            # Without the frames it came through, which hold the message too.
+            stream.out.put_nowait(refusal.with_traceback(None))
         except Exception as error:  # a fault of ours ends this stream, not the server
             _log.exception("a stream failed")
             stream.out.put_nowait(RefusedError("internal", f"{type(error).__name__} in the cloud half"))

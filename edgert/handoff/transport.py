@@ -96,6 +96,7 @@ def check_secure(address: Address, certificates: Certificates | None) -> None:
 _REASONS: Final = (
     ("Connection refused", "nothing listens there"),
     ("DNS resolution failed", "no such host"),
+    ("address lookup failed", "no such host"),
     ("Hostname Verification", "its certificate was not made for this name; see `edgert certs --host`"),
     ("WRONG_VERSION_NUMBER", "it speaks no TLS; leave --tls out"),
     (
