@@ -71,7 +71,10 @@ def export(folder: Path, out: Path, kind: str = "F32", parts: int = 0) -> None:
     write_vocabulary(writer, json.loads((folder / "tokenizer.json").read_text()), size=config["vocab_size"])
     stored = {name: v for path in folder.glob("*.safetensors") for name, v in load_file(path).items()}
     for name, values in gguf_others.tensors(stored, config) if other else _tensors(stored, config):
-        put(writer, name, values, "F32" if values.ndim == 1 or "gate_inp" in name else kind)
+        plain = values.ndim == 1 or "gate_inp" in name or name.endswith(".bias")
+        # In gpt-oss it is for experts: llama.cpp takes no row of an embedding from it.
+        plain |= other == "gpt-oss" and kind == "MXFP4" and "_exps" not in name
+        put(writer, name, values, "F32" if plain else kind)
     finish(writer)
 
 

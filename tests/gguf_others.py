@@ -29,9 +29,18 @@ NAMES = {
     "cohere2": "cohere2",
     "gpt2": "gpt2",
     "gpt_neox": "gptneox",
+    "gpt_oss": "gpt-oss",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
 }
 """By model_type: llama.cpp's name."""
 SLIDING, FULL = "sliding_attention", "full_attention"
+YARN: Config = {
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+    "rope_type": "yarn",
+}
 CASES: dict[str, Config] = {
     "gemma_mqa_head_dim": {},
     "gemma2_caps": {"query_pre_attn_scalar": 16},
@@ -57,6 +66,18 @@ CASES: dict[str, Config] = {
     "gpt_neox_parallel": {},
     "gpt_neox_in_turn": {"attention_bias": True},
     "gpt_neox_v4": {"tie_word_embeddings": False},
+    "gpt_oss_yarn": {
+        "layer_types": [SLIDING, FULL, SLIDING],
+        "rope_parameters": YARN | {"rope_theta": 150000.0},
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+    },
+    "deepseek_v2_lite": {
+        "q_lora_rank": 24,  # llama.cpp takes models of 26 and 27 layers, and no others, for those without
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3_yarn": {"norm_topk_prob": True},
 }
 """Tiny configurations with what GGUF cannot say, and llama.cpp takes for granted, set to that."""
 LAYER_NORMS = ("starcoder2", "stablelm", "cohere", "cohere2", "gpt2", "gpt_neox")
@@ -79,14 +100,18 @@ def write_keys(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_embedding_length(width)
     writer.add_feed_forward_length(first(config, "intermediate_size", "n_inner", default=4 * width))
     writer.add_head_count(heads)
-    writer.add_head_count_kv(first(config, "num_key_value_heads", default=heads))
+    writer.add_head_count_kv(
+        1 if kind.startswith("deepseek") else first(config, "num_key_value_heads", default=heads)
+    )
     writer.add_vocab_size(config["vocab_size"])
     eps = first(config, "rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", default=1e-5)
     if kind in LAYER_NORMS:
         writer.add_layer_norm_eps(eps)
     else:
         writer.add_layer_norm_rms_eps(eps)
-    if kind != "gpt2":
+    if kind.startswith("deepseek"):
+        _write_latents(writer, config)
+    elif kind != "gpt2":
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
         _write_rope(writer, config, head_dim)
@@ -106,6 +131,12 @@ def _write_rope(writer: gguf.GGUFWriter, config: Config, head_dim: int) -> None:
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        if "mscale_all_dim" in rope:
+            writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     if kind == "longrope":
         original = config["original_max_position_embeddings"]
         factor = config["max_position_embeddings"] / original
@@ -113,8 +144,38 @@ def _write_rope(writer: gguf.GGUFWriter, config: Config, head_dim: int) -> None:
         writer.add_rope_scaling_attn_factors(float(np.sqrt(1 + np.log(factor) / np.log(original))))
 
 
+def _write_latents(writer: gguf.GGUFWriter, config: Config) -> None:
+    rank, rotary = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    if config["q_lora_rank"]:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(rank)
+    writer.add_key_length(rank + rotary)
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + rotary)
+    writer.add_value_length_mla(config["v_head_dim"])
+    _write_rope(writer, config, rotary)
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    sigmoid = config["model_type"] == "deepseek_v3"
+    writer.add_expert_gating_func(
+        gguf.ExpertGatingFuncType.SIGMOID if sigmoid else gguf.ExpertGatingFuncType.SOFTMAX
+    )
+    writer.add_expert_weights_norm(config.get("norm_topk_prob", False))
+    if config["n_group"] > 1:
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+
+
 def _write_own(writer: gguf.GGUFWriter, config: Config) -> None:
     kind = config["model_type"]
+    if kind == "gpt_oss":
+        writer.add_expert_count(config["num_local_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["intermediate_size"])
     if kind == "granite":
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_embedding_scale(config["embedding_multiplier"])
@@ -141,10 +202,49 @@ def tensors(found: dict[str, Floats], config: Config) -> Iterator[tuple[str, Flo
         for part in ("short", "long"):
             factors = np.array(config["rope_parameters"][f"{part}_factor"], np.float32)
             yield f"rope_factors_{part}.weight", factors
-    for source, stored in found.items():
+    for source, stored in _experts(found, config).items():
+        if source.startswith("blk."):
+            yield source, np.ascontiguousarray(stored)
+            continue
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         assert name, source
         yield name, np.ascontiguousarray(_changed(source, stored.astype(np.float32), config))
+
+
+def _experts(found: dict[str, Floats], config: Config) -> dict[str, Floats]:
+    """The tensors, with the experts of gpt-oss and DeepSeek, and its latents, under llama.cpp's names."""
+    left: dict[str, Floats] = {}
+    stacks: dict[str, list[Floats]] = {}
+    for source, values in found.items():
+        layer = f"blk.{source.split('.')[2]}" if ".layers." in source else ""
+        part = source.rpartition(".experts.")[2] if ".experts." in source else ""
+        if part.startswith("gate_up_proj"):
+            both = values if part.endswith("_bias") else values.swapaxes(1, 2)
+            kind = "bias" if part.endswith("_bias") else "weight"
+            left[f"{layer}.ffn_gate_exps.{kind}"], left[f"{layer}.ffn_up_exps.{kind}"] = (
+                both[:, ::2],
+                both[:, 1::2],
+            )
+        elif part == "down_proj_bias":
+            left[f"{layer}.ffn_down_exps.bias"] = values
+        elif part == "down_proj":
+            left[f"{layer}.ffn_down_exps.weight"] = values.swapaxes(1, 2)
+        elif part:
+            stacks.setdefault(
+                f"{layer}.ffn_{part.split('.')[1].removesuffix('_proj')}_exps.weight", []
+            ).append(values)
+        elif source.endswith("kv_b_proj.weight"):
+            heads, plain = config["num_attention_heads"], config["qk_nope_head_dim"]
+            both = values.reshape(heads, -1, values.shape[1])
+            left[f"{layer}.attn_k_b.weight"] = both[:, :plain].swapaxes(1, 2)
+            left[f"{layer}.attn_v_b.weight"] = both[:, plain:]
+        elif source.endswith("e_score_correction_bias"):
+            left[f"{layer}.exp_probs_b.bias"] = values
+        elif source.endswith(".sinks"):
+            left[f"{layer}.attn_sinks.weight"] = values
+        else:
+            left[source] = values
+    return left | {name: np.stack(parts) for name, parts in stacks.items()}
 
 
 def _changed(source: str, values: Floats, config: Config) -> Floats:

@@ -251,10 +251,10 @@ def rewritten(folder: Path, change: Change, tensors: dict[str, Any] | None = Non
 
 REFUSED: dict[str, tuple[Change, dict[str, Any], type[EdgertError], str]] = {
     "architecture": (
-        {"general.architecture": "deepseek2"},
+        {"general.architecture": "jamba"},
         {},
         UnsupportedError,
-        "found architecture 'deepseek2', expected one of llama, qwen2, qwen3, qwen2moe, qwen3moe, olmoe",
+        "found architecture 'jamba', expected one of llama, qwen2, qwen3, qwen2moe, qwen3moe, olmoe",
     ),
     "adapter": ({"general.type": "adapter"}, {}, NotAModelError, "a GGUF file of type 'adapter'"),
     "experts without number": ({"llama.expert_count": 8}, {}, ConversionError, "found no expert_used_count"),
@@ -296,7 +296,12 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], type[EdgertError], str]] = {
         UnsupportedError,
         r"found attention.head_count_kv \[2, 4\], expected one number for all layers",
     ),
-    "no heads": ({"llama.attention.head_count_kv": [0, 0]}, {}, ConversionError, "head_count_kv 0, expected"),
+    "no heads": (
+        {"llama.attention.head_count_kv": [0, 0]},
+        {},
+        ConversionError,
+        "head_count_kv' 0, expected",
+    ),
     "heads that do not divide": ({"llama.attention.head_count_kv": 3}, {}, ConversionError, "kv_heads 3"),
     "heads of two billion": (
         {
@@ -428,7 +433,7 @@ REFUSED: dict[str, tuple[Change, dict[str, Any], type[EdgertError], str]] = {
         {"tokenizer.chat_template": 5},
         {},
         ConversionError,
-        "found tokenizer.chat_template 5, expected a string",
+        "found 'tokenizer.chat_template' 5, expected a string",
     ),
     "an end beyond the vocabulary": (
         {"tokenizer.ggml.eos_token_id": 999},

@@ -83,3 +83,24 @@ def test_what_the_file_cannot_mean_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises((ConversionError, UnsupportedError)):
         edgert.convert(path, tmp_path / "m.ert")
+
+
+def test_experts_in_mxfp4_are_kept_without_loss(tmp_path: Path) -> None:
+    report = edgert.convert(
+        exported(tmp_path, "gpt_oss_yarn", "MXFP4", intermediate_size=64), tmp_path / "m.ert"
+    )
+    experts = [tensor for tensor in report.tensors if ".experts." in tensor.name]
+    assert {(t.source_type, t.quant, t.relative_error) for t in experts} == {("MXFP4", "q8", 0.0)}
+
+
+def test_latents_from_before_they_were_cut_by_head_are_refused(tmp_path: Path) -> None:
+    path = exported(tmp_path, "deepseek_v2_lite")
+    path.write_bytes(path.read_bytes().replace(b"attention.key_length_mla", b"attention.key_length_xxx"))
+    with pytest.raises(UnsupportedError, match=r"found no attention.key_length_mla, expected it"):
+        edgert.convert(path, tmp_path / "m.ert")
+
+
+def test_groups_that_llama_cpp_takes_for_others_are_refused(tmp_path: Path) -> None:
+    path = exported(tmp_path, "deepseek_v2_lite", n_group=4, topk_group=2)
+    with pytest.raises(UnsupportedError, match=r"deepseek2: found expert_group_count 4 with a softmax"):
+        edgert.convert(path, tmp_path / "m.ert")

@@ -241,6 +241,12 @@ def files(folder: Path, llama_cpp: Oracle) -> Iterator[Path]:
         path = folder / f"{name}.F32.gguf"
         gguf_files.export(folder / name, path)
         yield path
+    config = (
+        tiny_models.CONFIGS["gpt_oss_yarn"] | gguf_others.CASES["gpt_oss_yarn"] | {"intermediate_size": 64}
+    )
+    tiny_models.write_model(folder / "experts", config, tiny_models.weights(config, tiny_models.SEED))
+    gguf_files.export(folder / "experts", folder / "gpt_oss_yarn.MXFP4.gguf", "MXFP4")
+    yield folder / "gpt_oss_yarn.MXFP4.gguf"
     whole = folder / "wide.F32.gguf"
     write_wide(folder / "wide", whole)
     for kind in ("F32", *REWRITTEN):
@@ -248,6 +254,12 @@ def files(folder: Path, llama_cpp: Oracle) -> Iterator[Path]:
         if kind != "F32":
             llama_cpp.ask(do="quantize", file=str(whole), out=str(path), type=kind)
         yield path
+
+
+def config_of_experts() -> Any:
+    """Of gpt-oss, with matrices that MXFP4 holds."""
+    own = gguf_others.CASES["gpt_oss_yarn"] | {"intermediate_size": 64}
+    return tiny_models.CONFIGS["gpt_oss_yarn"] | own
 
 
 def write_wide(folder: Path, path: Path) -> None:

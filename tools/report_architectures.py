@@ -116,6 +116,7 @@ def main() -> None:
             gguf[model_type].append(known)
     for known, described in DESCRIBED.items():
         gguf[described.model_type].append(known)
+    gguf["deepseek_v3"] = gguf["deepseek_v2"]
     gguf["mistral"] = gguf["llama"]
     rows = [
         f"| {kind} | {PUBLISHED[kind]} | {', '.join(gguf[kind]) or '-'} | {len(worst[kind])} | "

@@ -1,5 +1,6 @@
 """A GGUF file to an .ert file."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,6 +25,8 @@ from edgert.errors import ConversionError, UnsupportedError
 from edgert.format.tensors import declared, iter_declared, matrices_in
 
 SHARED_ROUTER = ".ffn_gate_inp_shexp.weight"  # [D] in the file, a matrix of one row in ours
+EXPERT_BIASES = ("_exps.bias",)  # [E, rows], one vector in ours
+BY_HEAD = (".attn_k_b.weight", ".attn_v_b.weight")  # [H, rows, columns], one matrix in ours
 
 
 class GgufWeights:
@@ -79,6 +82,10 @@ def _cut(spec: ModelSpec, tensors: Mapping[str, GgufTensor]) -> Iterator[tuple[s
             for expert in range(spec.experts if len(tensor.shape) == 3 else 0):
                 part = tensor.part(expert)
                 yield part.name, part
+        elif name.endswith(EXPERT_BIASES):
+            yield name, replace(tensor, shape=(math.prod(tensor.shape),))
+        elif name.endswith(BY_HEAD) and len(tensor.shape) == 3:
+            yield name, replace(tensor, shape=(tensor.shape[0] * tensor.shape[1], tensor.shape[2]))
         elif name.endswith(SHARED_ROUTER) and len(tensor.shape) == 1:
             yield name, replace(tensor, shape=(1, *tensor.shape))
         else:

@@ -13,7 +13,7 @@ import numpy as np
 
 from edgert.config import GLOBAL_ROPE
 from edgert.converters.architectures import Decoder, describe
-from edgert.converters.architectures.cuts import Cut, Layout, Stacked
+from edgert.converters.architectures.cuts import Cut, Layout, PerHead, Stacked
 from edgert.converters.gguf.architectures import LAYERS, NAMES, REFUSED, gguf_name
 from edgert.converters.gguf.keys import (
     bos_id,
@@ -46,6 +46,7 @@ class Described:
     model_type: str
     config: Callable[[HfConfig, GgufFile], Values] = lambda keys, file: {}  # further keys of config.json
     cuts: Callable[[Values], Mapping[str, Cut]] = lambda values: {}
+    names: Mapping[str, str] = field(default_factory=dict)  # of tensors, where they differ from others'
     interleaved: bool = False  # rotary pairs are neighbours
     partial: bool = False  # rope.dimension_count may be less than a head
     understood: frozenset[str] = field(default_factory=frozenset)  # keys of REFUSED that config reads
@@ -67,7 +68,7 @@ def read_described(file: GgufFile, name: str, eos_ids: Iterable[int]) -> Decoder
     values |= {"eos_token_id": list(eos_ids), "bos_token_id": bos_id(file)}
     decoder = describe(HfConfig(values, keys.where), HfConfig({}, keys.where))
     layout = Layout(
-        names=NAMES,
+        names={**NAMES, **known.names},
         layers=LAYERS,
         cuts=known.cuts(values),
         interleaved=known.interleaved,
@@ -81,7 +82,8 @@ def read_described(file: GgufFile, name: str, eos_ids: Iterable[int]) -> Decoder
 def _common(keys: HfConfig, file: GgufFile, known: Described) -> Values:
     """What every decoder has, under Llama's names and those of LayerNorm's models."""
     width, heads = keys.integer("embedding_length"), uniform(keys, "attention.head_count")
-    d = head_dim(keys, max(1, width // heads), partial=known.partial)
+    latent = known.model_type.startswith("deepseek")  # whose heads are no even part of the width
+    d = 1 if latent else head_dim(keys, max(1, width // heads), partial=known.partial)
     context = keys.integer("context_length")
     rope = dict(rope_parameters(keys, context).values)
     rotary = keys.integer("rope.dimension_count", d)
@@ -214,6 +216,72 @@ def _neox(keys: HfConfig, file: GgufFile) -> Values:
     return {"use_parallel_residual": keys.flag("use_parallel_residual", True), "attention_bias": bias}
 
 
+def _gpt_oss(keys: HfConfig, file: GgufFile) -> Values:
+    """llama.cpp rounds the ends of YaRN's ramp, whatever the model was trained with: so it is done here."""
+    return {
+        "num_local_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "intermediate_size": keys.integer("expert_feed_forward_length"),
+        "sliding_window": keys.integer("attention.sliding_window"),
+        "attention_bias": has(file, "q_bias"),
+    }
+
+
+def _deepseek(keys: HfConfig, file: GgufFile) -> Values:
+    """With `attention.key_length_mla`; a file from before it has one tensor for the two that we read."""
+    heads, rotary = uniform(keys, "attention.head_count"), keys.integer("rope.dimension_count")
+    keys.refuse_unless("attention.head_count_kv", 1)
+    if not keys.has("attention.key_length_mla"):
+        raise UnsupportedError(
+            f"{keys.where}: found no attention.key_length_mla, expected it: the file is of 2024; "
+            "make it anew with llama.cpp's converter, or convert the Hugging Face folder"
+        )
+    key = keys.integer("attention.key_length_mla", most=1 << 16)
+    sigmoid = keys.integer("expert_gating_func", 1) == 2
+    groups, width = keys.integer("expert_group_count", 1), keys.integer("expert_feed_forward_length")
+    if not sigmoid and groups > 1:
+        raise UnsupportedError(
+            f"{keys.where}: found expert_group_count {groups} with a softmax, whose groups llama.cpp takes "
+            "for others than the model does; convert the Hugging Face folder"
+        )
+    values: Values = {
+        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "num_key_value_heads": heads,
+        "head_dim": None,
+        "kv_lora_rank": keys.integer("attention.kv_lora_rank"),
+        "q_lora_rank": keys.values.get("attention.q_lora_rank"),
+        "qk_rope_head_dim": rotary,
+        "qk_nope_head_dim": max(1, key - rotary),
+        "v_head_dim": keys.integer("attention.value_length_mla"),
+        "n_routed_experts": keys.integer("expert_count"),
+        "num_experts_per_tok": keys.integer("expert_used_count"),
+        "moe_intermediate_size": width,
+        "n_shared_experts": keys.integer("expert_shared_count"),
+        "first_k_dense_replace": keys.integer("leading_dense_block_count", 0, least=0),
+        "routed_scaling_factor": keys.values.get("expert_weights_scale") or 1.0,
+        "norm_topk_prob": keys.flag("expert_weights_norm"),
+    }
+    if sigmoid:
+        values |= {"n_group": groups, "topk_group": keys.integer("expert_group_used_count", 1)}
+    scaling = dict(rope_parameters(keys, keys.integer("context_length")).values)
+    if scaling["rope_type"] == "yarn":
+        # One number for both multipliers: cos and sin stay as they are, and scores take its square.
+        multiplier = 10 * keys.number("rope.scaling.yarn_log_multiplier", 0.1)
+        scaling |= {"mscale": multiplier, "mscale_all_dim": multiplier, "attention_factor": None}
+    return values | {"rope_parameters": scaling}
+
+
+def _latent_cuts(values: Values) -> Mapping[str, Cut]:
+    rank, rotary = values["kv_lora_rank"], values["qk_rope_head_dim"]
+    queries = {"q_plain": values["qk_nope_head_dim"], "q_rope": rotary}
+    return {
+        f"attn_{'q_b' if values['q_lora_rank'] else 'q'}.weight": PerHead(
+            values["num_attention_heads"], queries, "q_rope"
+        ),
+        "attn_kv_a_mqa.weight": PerHead(1, {"kv_down": rank, "k_rope": rotary}, "k_rope"),
+    }
+
+
 def _qkv(values: Values) -> Mapping[str, Cut]:
     """q, k and v one after another in one tensor."""
     d = values["head_dim"] or values["hidden_size"] // values["num_attention_heads"]
@@ -230,6 +298,26 @@ def _gate_up(values: Values) -> Mapping[str, Cut]:
     return {"ffn_up.weight": Stacked({"gate": inner, "up": inner})}
 
 
+_GPT_OSS_NAMES: Final = {
+    "ffn_norm": "post_attention_norm.weight",
+    "sinks": "attn_sinks.weight",
+    "router_bias": "ffn_gate_inp.bias",
+    "experts_gate_bias": "ffn_gate_exps.bias",
+    "experts_up_bias": "ffn_up_exps.bias",
+    "experts_down_bias": "ffn_down_exps.bias",
+}
+_LATENT_NAMES: Final = {
+    "q_down": "attn_q_a.weight",
+    "q_down_norm": "attn_q_a_norm.weight",
+    "q_plain": "attn_q.plain.weight",  # as cut
+    "q_rope": "attn_q.rope.weight",
+    "kv_down": "attn_kv.down.weight",
+    "kv_down_norm": "attn_kv_a_norm.weight",
+    "k_rope": "attn_k.rope.weight",
+    "k_up": "attn_k_b.weight",
+    "v_up": "attn_v_b.weight",
+    "choice_bias": "exp_probs_b.bias",
+}
 _CAPS: Final = frozenset(("attn_logit_softcapping", "final_logit_softcapping"))
 DESCRIBED: Final[dict[str, Described]] = {
     "gemma": Described("gemma"),
@@ -281,6 +369,20 @@ DESCRIBED: Final[dict[str, Described]] = {
         understood=frozenset({"logit_scale"}),
     ),
     "gpt2": Described("gpt2", _gpt2, _qkv),
+    "gpt-oss": Described("gpt_oss", _gpt_oss, names=_GPT_OSS_NAMES),
+    "deepseek2": Described(
+        "deepseek_v2",
+        _deepseek,
+        _latent_cuts,
+        _LATENT_NAMES,
+        understood=frozenset(
+            (
+                *("attention.key_length_mla", "rope.scaling.yarn_log_multiplier", "expert_gating_func"),
+                *("leading_dense_block_count", "expert_shared_count", "expert_group_count"),
+                "expert_weights_scale",
+            )
+        ),
+    ),
     "gptneox": Described(
         "gpt_neox", _neox, _qkv, partial=True, understood=frozenset({"use_parallel_residual"})
     ),
