@@ -32,6 +32,7 @@ def convert(
     predictor: str | os.PathLike[str] | None = None,
     calibration: Calibration | None = None,
     sparsity: Sparsity = "auto",
+    outliers: int = 0,
     dry_run: bool = False,
 ) -> ConversionReport:
     """Convert a model to an .ert file and report size and error of every tensor.
@@ -45,13 +46,14 @@ def convert(
     `sparsity` "exact" stores up and down neuron by neuron, so that neurons that do not fire are not read;
     "auto" does that where the activation is zero for many (ReLU and its like) and the model at least 512
     wide, "none" never; a number from 0 to 0.9 takes this share of the smallest activations for zero, which is
-    not exact and needs a `calibration`. An existing `out` is replaced when the conversion is complete; a
-    conversion that fails leaves it as it was.
+    not exact and needs a `calibration`. `outliers`, a multiple of 32, stores so many columns of every matrix
+    of a folder's layers apart, in 8 bits: those whose inputs are largest (outliers.py; needs one too). An
+    existing `out` is replaced when the conversion is complete; a conversion that fails leaves it as it was.
     Raises NotAModelError, UnsupportedError, ConversionError or OptionError, each in one line.
     """
     with local(source, dry_run, progress) as path:
         return _convert_local(
-            path, Path(out), quant, progress, exits, predictor, calibration, sparsity, dry_run
+            path, Path(out), quant, progress, exits, predictor, calibration, sparsity, outliers, dry_run
         )
 
 
@@ -64,6 +66,7 @@ def _convert_local(
     predictor: str | os.PathLike[str] | None,
     calibration: Calibration | None,
     sparsity: Sparsity,
+    outliers: int,
     dry_run: bool,
 ) -> ConversionReport:
     """Convert what lies on this disk."""
@@ -82,6 +85,8 @@ def _convert_local(
                 raise OptionError(f"{name} is {given}; expected none for {kind}, convert the model's folder")
         if sparsity not in ("auto", "none"):
             raise OptionError(f"sparsity is {sparsity}; expected none for {kind}, convert the model's folder")
+        if outliers:
+            raise OptionError(f"outliers is {outliers}; expected none for {kind}, convert the model's folder")
     if is_gguf:
         return convert_gguf(source, out, quant, progress=progress, calibration=calibration, dry_run=dry_run)
     if onnx is not None:
@@ -93,6 +98,7 @@ def _convert_local(
         exits=exits,
         predictor=predictor,
         sparsity=sparsity,
+        outliers=outliers,
         progress=progress,
         calibration=calibration,
         dry_run=dry_run,

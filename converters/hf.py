@@ -14,6 +14,7 @@ from edgert.converters.architectures import Decoder, describe
 from edgert.converters.exits import EXITS_FILE, Exits, fingerprint, open_exits
 from edgert.converters.hf_config import HfConfig, parse_object, read_bytes, read_object, shown
 from edgert.converters.neurons import Sparsity, with_sparsity
+from edgert.converters.outliers import with_outliers
 from edgert.converters.pipeline import Calibration, quant_spec, quants_of, write_model
 from edgert.converters.predictors import TrainedPredictors, open_predictors
 from edgert.converters.provenance import provenance
@@ -64,6 +65,7 @@ def convert_hf(
     exits: str | os.PathLike[str] | None = None,
     predictor: str | os.PathLike[str] | None = None,
     sparsity: Sparsity = "auto",
+    outliers: int = 0,
     progress: Progress | None = None,
     calibration: Calibration | None = None,
     dry_run: bool = False,
@@ -71,7 +73,7 @@ def convert_hf(
     """Convert a Hugging Face folder to an .ert file, one slab of rows in memory at a time.
 
     sparsity: "exact" stores the feed-forward neuron by neuron, so that those that do not fire are not
-    read; "auto" does so where many do not, "none" never.
+    read; "auto" does so where many do not, "none" never. outliers: columns of every matrix apart in 8 bits.
     exits: the file of `edgert train exits`; None for the folder's own exits.safetensors, if it has one.
     predictor: the file of `edgert train predictor`: gates are stored row by row, to be read where it says so.
     Everything that can be known without reading weights is checked before the first is written.
@@ -90,7 +92,10 @@ def convert_hf(
     foretold = _predictors(predictor, decoder, tensors)
     ranks = foretold.ranks if foretold is not None else ()
     calibrated = calibration is not None
-    decoder = replace(decoder, spec=with_sparsity(decoder.spec, quant.matrices, sparsity, calibrated, ranks))
+    if outliers and sparsity == "auto":
+        sparsity = "none"  # a file has one of the two
+    spec = with_sparsity(decoder.spec, quant.matrices, sparsity, calibrated, ranks)
+    decoder = replace(decoder, spec=with_outliers(spec, outliers, dry_run or calibrated))
     if foretold is not None:
         own = {decoder.source_name(name): tensor for name, tensor in foretold.tensors.items()}
         tensors, metadata = tensors | own, metadata | {PREDICTORS_KEY: foretold.metadata}

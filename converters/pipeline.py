@@ -17,6 +17,7 @@ from edgert.config import QUANTS, ModelSpec, Quant, QuantSpec
 from edgert.converters.compensate import COMPENSATED, Errors, round_weights
 from edgert.converters.hottest_first import Firing, HottestFirst, sparsity_metadata
 from edgert.converters.neurons import neuron_clusters, single_rows
+from edgert.converters.outliers import APART, Outliers
 from edgert.converters.quantize import CODE_RANGE, Codes, Distortion, check_weights
 from edgert.converters.report import ConversionReport, Progress, TensorReport
 from edgert.errors import OptionError
@@ -72,7 +73,7 @@ class Calibration(Protocol):
 class _Rounding:
     """What an error in a column of each matrix does, as far as a calibration knows."""
 
-    def __init__(self, calibration: HottestFirst | Calibration | None) -> None:
+    def __init__(self, calibration: HottestFirst | Outliers | Calibration | None) -> None:
         self._calibration = calibration
         self._last: tuple[NDArray[np.float32], Errors] | None = None
 
@@ -123,6 +124,8 @@ def quants_of(spec: ModelSpec, quant: QuantSpec) -> dict[str, Quant]:
 def _quant_of(name: str, quant: QuantSpec) -> Quant:
     if name == POSITIONS:  # it is added as it is: a rounding to 8 bits would stay in every layer's input
         return "f32" if quant.embedding == "f32" else "f16"
+    if name.endswith(APART) and quant.matrices in CODE_RANGE:
+        return "q8"
     return quant.embedding if name == "token_embedding" else quant.matrices
 
 
@@ -146,11 +149,13 @@ def write_model(
     weights that cannot be stored and for a full disk. dry_run: write nothing; errors are not known then.
     """
     started = time.monotonic()
-    meets: HottestFirst | Calibration | None = calibration
+    meets: HottestFirst | Outliers | Calibration | None = calibration
     if calibration is not None:
         metadata = {**metadata, **calibration.metadata}
         if spec.neurons:
             source = meets = HottestFirst(source, calibration)
+    if spec.outliers:
+        source = meets = Outliers(source, calibration, spec.outliers)
     writer = ErtWriter(out, spec, quants, tokenizer_json, metadata)
     stored = [tensor for name, tensor in writer.tensors.items() if name != TOKENIZER]
     tally = _Tally(sum(tensor.nbytes for tensor in stored), progress)

@@ -12,6 +12,7 @@ llama.cpp's `make_qx_quants` (ggml-quants.c), here over all groups of a slab at 
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgert.errors import ConversionError
 from edgert.kernels.packing import GROUP, LARGEST_BYTE_SCALE, byte_scales
+from edgert.planner import cores
 
 Floats = NDArray[np.float32]
 
@@ -95,7 +97,8 @@ def quantize(weights: Floats, quant: str, importance: Floats | None = None, name
     values = np.empty((count, columns), np.int8)
     scales = np.empty((count, -(-columns // GROUP)), np.float32)
     minimums = np.empty_like(scales) if quant == "q4m" else None
-    for rows in _chunks(weights):
+
+    def fill(rows: slice) -> None:
         groups = _to_groups(weights[rows])
         weight = None
         if importance is not None:
@@ -107,6 +110,11 @@ def quantize(weights: Floats, quant: str, importance: Floats | None = None, name
         scales[rows] = scale.reshape(shape)
         if minimums is not None and minimum is not None:
             minimums[rows] = minimum.reshape(shape)
+
+    chunks = list(_chunks(weights))
+    # NumPy lets other threads run inside its loops; each fills rows of its own.
+    with ThreadPoolExecutor(max(1, min(cores(), len(chunks)))) as pool:
+        list(pool.map(fill, chunks))
     return Codes(values, scales, minimums)
 
 

@@ -38,7 +38,10 @@ _OF_BLOCKS = (
     *("joint_qk_norm", "block", "shared_norm", "layer_norm", "norm_bias", "plain_ffn", "rotary", "ropes"),
     *("learned_positions", "alibi", "attention_cap", "logit_cap"),
 )
-_SPECIAL = ("part", "exits", "neurons", "predictors", "sinks", *_OF_EXPERTS, *_OF_BLOCKS, *_OF_LATENTS)
+_SPECIAL = (
+    *("part", "exits", "neurons", "predictors", "sinks", "outliers"),
+    *(*_OF_EXPERTS, *_OF_BLOCKS, *_OF_LATENTS),
+)
 """Fields of ModelSpec that most files leave out, so that an older edgert still reads those."""
 
 
@@ -82,6 +85,7 @@ class ModelSpec:
     dense_layers: tuple[int, ...] = ()  # of a model with experts: layers with a feed-forward instead
     neurons: bool = False  # up and down lie neuron by neuron, so that only those that fire are read
     predictors: tuple[int, ...] = ()  # of neurons: per layer the rank of what foretells them; 0, (): none
+    outliers: int = 0  # columns of every matrix of a layer that are stored apart, more precisely
     block: Block = "pre"  # where the norms of a layer are
     shared_norm: bool = False  # of a parallel block: one norm for attention and feed-forward
     layer_norm: bool = False  # LayerNorm instead of RMSNorm, but not in q and k
@@ -167,6 +171,7 @@ class ModelSpec:
         if self.neurons and (self.ffn_bias or self.experts or self.plain_ffn or self.block != "pre"):
             raise ValueError("neurons is true in a model with ffn_bias or another block, expected false")
         self._check_predictors()
+        self._check_outliers()
         ids = self.eos_ids if self.bos_id is None else (*self.eos_ids, self.bos_id)
         if any(type(i) is not int or not 0 <= i < self.vocab for i in ids):
             raise ValueError(f"bos_id and eos_ids are {ids}, expected ids below vocab {self.vocab}")
@@ -248,6 +253,13 @@ class ModelSpec:
             )
         if self.qkv_bias or self.qk_norm or self.joint_qk_norm or self.alibi:
             raise ValueError("a model with a latent has qkv_bias, norms of q and k or alibi, expected none")
+
+    def _check_outliers(self) -> None:
+        most = min(self.width, self.heads * self.head_dim, self.ffn_width)
+        if type(self.outliers) is not int or self.outliers % 32 or not 0 <= self.outliers <= most:
+            raise ValueError(f"outliers is {self.outliers!r}, expected a multiple of 32 up to {most}")
+        if self.outliers and (self.neurons or self.experts or self.latent or self.block != "pre"):
+            raise ValueError("outliers in a model with neurons, experts or another block, expected none")
 
     def _check_experts(self) -> None:
         whole = ("experts", "active_experts", "expert_width", "shared_width")

@@ -39,7 +39,8 @@ COLUMNS = 27
     PREDICTED,
     GATE_ROWS,
     NEURONS_READ,
-) = range(22)
+    TAKE,
+) = range(23)
 TOKENS, OUTPUTS, CHOSEN, FORESEEN = range(4)
 """Rows of an operation: all tokens; the wanted ones, gathered from among them; those gathered before; or
 all tokens where the next layer's experts are to be predicted, else none."""
@@ -122,6 +123,7 @@ FIELDS = {
         *("x", "x_stride", "experts", "active", "chosen", "weights", "weights_stride", "table", "control"),
         *("most", "near", "least", "below"),
     ),
+    TAKE: ("x", "x_stride", "groups", "xq", "columns", "count", "y", "y_stride", "yq"),
     COMBINE: (
         *("x", "x_stride", "width", "y", "y_stride", "places", "active", "weights", "weights_stride"),
         *("shared", "shared_stride"),
@@ -146,6 +148,7 @@ FIELDS = {
     SPARE       other choices for the sake of fewer reads, of at most `most` rows (sparing.py)
     GROUP       the entries of every expert; one unit
     PUBLISH     what the layer needs, to the store of streamed experts; one unit
+    TAKE        y[t] = some columns of x[t], which are zero there then; both quantised (columns.py)
     GATHER      y[i] = x[t], quantised rows and, where asked, floats, for the entries i of row t
     EXPERTS     the experts of all entries, in place of their x (experts.py); no units
                                                                         (real, cap: of a clamped gate, or 0)

@@ -6,6 +6,7 @@ from edgert.kernels import atomics, gate_rows, matmul, neurons
 from edgert.kernels import kv as kv_cache
 from edgert.kernels.activation import gate, soft_cap
 from edgert.kernels.attention import MOST_HEADS, attention, width
+from edgert.kernels.columns import take_columns
 from edgert.kernels.elementwise import read_f32
 from edgert.kernels.embedding import embed
 from edgert.kernels.experts import COUNTERS, publish
@@ -44,6 +45,7 @@ from edgert.kernels.program import (
     SEQUENCE,
     SLOT,
     SPARE,
+    TAKE,
     WHOLE,
 )
 from edgert.kernels.quantize import quantize
@@ -312,6 +314,14 @@ def _combine(c, t, f, routes):
     combine(f, x, width, f, y, y_stride, routes, places, active, f, weights, shared)
 
 
+@inlined
+def _take(c, t, w, f, xq, xs, xn):
+    x, groups, count, y = c[3] + t * c[4], c[5], c[8], c[9] + t * c[10]
+    take_columns(f, x, w, c[7], count, f, y)
+    quantize(f, x, groups, xq, xs, xn, c[6] + t * groups)
+    quantize(f, y, count // 32, xq, xs, xn, c[11] + t * (count // 32))
+
+
 @jit
 def units_of(c, count, routes):
     """How many units an operation of `count` rows has."""
@@ -384,6 +394,8 @@ def run_unit(
         _combine(c, unit, f, routes)
     elif op == SPARE:
         _spare(c, unit, table, f, routes)
+    elif op == TAKE:
+        _take(c, unit, w, f, xq, xs, xn)
     elif op == QUANTIZE:
         quantize(f, c[3] + unit * c[4], c[5], xq, xs, xn, c[6] + unit * c[5])
     elif op == ROPE_TABLE:

@@ -46,6 +46,7 @@ def convert(
     calibrate: str | os.PathLike[str] | None = None,
     bits: float | None = None,
     embedding: Quant | None = None,
+    outliers: int = 0,
     dry_run: bool = False,
 ) -> ConversionReport:
     """As `edgert.converters.convert`; with `calibrate`, a .txt or .jsonl file, rounded as suits that text.
@@ -62,11 +63,25 @@ def convert(
         raise OptionError(f"quant is {quant} and bits {bits}; both say how matrices are stored, give one")
     if bits is not None and predictor is not None:
         raise OptionError(f"predictor is {predictor} and bits {bits}; neurons one by one have one type")
+    if bits is not None and outliers:
+        raise OptionError(
+            f"outliers is {outliers} and bits {bits}, whose measure does not know of them; give one"
+        )
+    if outliers and calibrate is None:
+        raise OptionError(f"outliers is {outliers}, which needs a text to find them; give calibrate")
     if bits is None and embedding is not None:
         raise OptionError(f"embedding is {embedding} without bits; expected quant=QuantSpec(...)")
     if bits is None and (calibrate is None or dry_run):  # a share of zeros without a text is refused there
         return converters.convert(
-            source, out, quant, progress, exits=exits, predictor=predictor, sparsity=sparsity, dry_run=dry_run
+            source,
+            out,
+            quant,
+            progress,
+            exits=exits,
+            predictor=predictor,
+            sparsity=sparsity,
+            outliers=outliers,
+            dry_run=dry_run,
         )
     with local(source, progress=progress) as path:
         if bits is not None:
@@ -84,6 +99,7 @@ def convert(
                 exits=exits,
                 predictor=predictor,
                 sparsity=sparsity,
+                outliers=outliers,
                 calibration=c,
             )
 

@@ -90,6 +90,14 @@ class SparsityType(click.ParamType[Sparsity]):
     help="Precision of the token embedding, when it is to differ.",
 )
 @click.option(
+    "--outliers",
+    type=int,
+    default=0,
+    metavar="COLUMNS",
+    help="With --calibrate: store so many columns of every matrix apart, in 8 bits, those that meet the "
+    "largest activations; a multiple of 32.",
+)
+@click.option(
     "--sparsity",
     type=SparsityType(),
     default="auto",
@@ -118,6 +126,7 @@ def convert_command(
     calibrate: Path | None,
     bits: float | None,
     embeddings: Quant | None,
+    outliers: int,
     sparsity: Sparsity,
     verify: bool,
     dry_run: bool,
@@ -144,6 +153,8 @@ def convert_command(
         raise UsageError("--calibrate does not go with --split: calibrate one .ert file and split that")
     if layer is not None and (bits is not None or embeddings is not None or dry_run):
         raise UsageError("--bits, --embeddings and --dry-run do not go with --split: split the .ert file")
+    if layer is not None and outliers:
+        raise UsageError("--outliers does not go with --split: convert to one .ert file and split that")
     if verify:
         if layer is not None or dry_run:
             raise UsageError("--verify runs the converted model; it does not go with --split or --dry-run")
@@ -173,6 +184,7 @@ def convert_command(
                 calibrate=calibrate,
                 bits=bits,
                 embedding=embeddings if bits is not None else None,
+                outliers=outliers,
                 dry_run=dry_run,
             )
             reports: tuple[ConversionReport, ...] = (report,)

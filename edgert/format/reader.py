@@ -13,6 +13,7 @@ from edgert.config import ModelSpec
 from edgert.errors import ModelFileError
 from edgert.format.exits import ExitCalibration
 from edgert.format.foreign import open_regular, reject_foreign
+from edgert.format.outliers import check_outliers
 from edgert.format.predictors import Predictors
 from edgert.format.sparsity import SparsityCalibration
 from edgert.format.tensors import TOKENIZER, StoredTensor
@@ -55,10 +56,13 @@ class ErtFile:
             mapping = _map(path)
             try:
                 reject_foreign(mapping, path)
-                return cls(path, mapping, read_contents(mapping, path))
+                contents = read_contents(mapping, path)
             except BaseException:
                 mapping.close()
                 raise
+            file = cls(path, mapping, contents)
+            check_outliers(file.spec, file.tensors, file.data)
+            return file
         except ModelFileError as error:
             error.args = (f"{path}: {error}",)  # the checks below do not know the file's name
             raise

@@ -42,6 +42,7 @@ class Rule(Enum):
     EXITS = "F31 exits"
     SPARSITY = "F32 sparsity"
     PREDICTORS = "F33 predictors"
+    OUTLIERS = "F34 outlier columns"
 
 
 def broken(rule: Rule, found: str, expected: str) -> FormatError:

@@ -90,6 +90,18 @@ def neurons_name(layer: int) -> str:
     return f"layers.{layer}.neurons"
 
 
+INPUTS: Final = {"attention": ("q", "k", "v"), "o": ("o",), "ffn": ("gate", "up"), "down": ("down",)}
+"""The matrices of a layer by what they meet: those that meet the same have the same outlier columns."""
+
+
+def input_of(matrix: str) -> str | None:
+    """Which of INPUTS a matrix of a layer meets, by its full name; None for any other tensor."""
+    layers, _, kind = matrix.rpartition(".")
+    if not layers.startswith("layers."):
+        return None
+    return next((name for name, kinds in INPUTS.items() if kind in kinds), None)
+
+
 def matrices_in(decl: TensorDecl | StoredTensor) -> tuple[tuple[str, int, int], ...]:
     """Name, rows and columns of the matrices that a tensor holds, in the order of its bytes."""
     if decl.role == "expert":
@@ -115,8 +127,10 @@ def _attention(spec: ModelSpec) -> Iterator[TensorDecl]:
     if spec.latent:
         yield from _latent_attention(spec)
         return
+    yield from _columns(spec, "attention")
     for name, rows in (("q", queries), ("k", keys), ("v", keys)):
         yield _matrix(name, rows, spec.width)
+        yield from _outliers(spec, name, rows)
         if spec.qkv_bias:
             yield _vector(f"{name}_bias", rows)
     if spec.qk_norm:
@@ -125,7 +139,9 @@ def _attention(spec: ModelSpec) -> Iterator[TensorDecl]:
     if spec.joint_qk_norm:
         yield _vector("q_norm", queries)
         yield _vector("k_norm", keys)
+    yield from _columns(spec, "o")
     yield _matrix("o", spec.width, queries)
+    yield from _outliers(spec, "o", spec.width)
     if spec.output_bias:
         yield _vector("o_bias", spec.width)
     if spec.block in ("post", "around"):
@@ -183,12 +199,28 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[TensorDecl]:
         yield TensorDecl("neurons", (2, ffn, width), "neurons")
         return
     matrices = (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn))
+    yield from _columns(spec, "ffn")
     for name, rows, columns in matrices[spec.plain_ffn :]:
+        if name == "down":
+            yield from _columns(spec, "down")
         yield _matrix(f"{prefix}{name}", rows, columns)
+        yield from _outliers(spec, name, rows)
         if spec.ffn_bias:
             yield _vector(f"{name}_bias", rows)
     if spec.block in ("post", "around"):
         yield from _norm(spec, "ffn_post_norm")
+
+
+def _columns(spec: ModelSpec, name: str) -> Iterator[TensorDecl]:
+    """Which columns of the matrices that meet an input are stored apart."""
+    if spec.outliers:
+        yield _vector(f"{name}_columns", spec.outliers)
+
+
+def _outliers(spec: ModelSpec, name: str, rows: int) -> Iterator[TensorDecl]:
+    """These columns of one matrix, side by side; in the matrix itself they are zero."""
+    if spec.outliers:
+        yield _matrix(f"{name}_outliers", rows, spec.outliers)
 
 
 def _exit(spec: ModelSpec) -> Iterator[TensorDecl]:

@@ -66,6 +66,8 @@ class Builder:
         self.scratch_stride = padded(MOST_HEADS * (cache.capacity + padded(spec.head_dim) + 1))
         self.scratch = layout.floats
         layout.floats += config.threads * self.scratch_stride
+        if spec.outliers:
+            self.taken = layout.rows(rows, spec.outliers, quantized=True)  # [T, O] columns taken out of x
         if spec.neurons:
             self.firing = Firing(weights, config, layout)
         if spec.experts:
@@ -211,10 +213,33 @@ class Builder:
     ) -> None:
         """y = W x + bias, or y += ...; `last` of those that read x and may run side by side.
 
-        rows: what x and y hold, CHOSEN for the rows whose logits are wanted.
+        rows: what x and y hold, CHOSEN for the rows whose logits are wanted. Columns of W that are stored
+        apart meet what `take_outliers` took out of x.
         """
+        apart = f"{name}_outliers"
+        has = apart in self.weights.tensors
         bias = self.weights.vector(f"{name}_bias")
-        self._linear(self.weights.matrix(name), bias, x, y, add=add, last=last, rows=rows)
+        self._linear(self.weights.matrix(name), bias, x, y, add=add, last=last or has, rows=rows)
+        if has:
+            self._linear(self.weights.matrix(apart), -1, self.taken, y, add=True, last=last, rows=rows)
+
+    def take_outliers(self, name: str, x: Rows) -> Rows:
+        """x without the columns that the matrices behind it store apart; x as it is where there are none."""
+        columns = self.weights.vector(f"{name}_columns")
+        if columns >= 0:
+            self.add(
+                program.TAKE,
+                x=x.at,
+                x_stride=x.stride,
+                groups=x.groups,
+                xq=x.quantized,
+                columns=columns,
+                count=self.spec.outliers,
+                y=self.taken.at,
+                y_stride=self.taken.stride,
+                yq=self.taken.quantized,
+            )
+        return x
 
     def linear_by_head(self, name: str, x: Sequence[Rows], y: Sequence[Rows]) -> None:
         """y[h] = W[h] x[h]: the rows of the matrix `name` are those of one matrix for each head in turn."""

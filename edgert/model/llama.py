@@ -27,7 +27,7 @@ def attention(b: Builder, index: int) -> None:
     """hidden += attention(norm(hidden))."""
     name = f"layers.{index}"
     x = b.norm(f"{name}.attention_norm")
-    b.linear(f"{name}.o", heads(b, index, x), b.hidden, add=True)
+    b.linear(f"{name}.o", b.take_outliers(f"{name}.o", heads(b, index, x)), b.hidden, add=True)
 
 
 def heads(b: Builder, index: int, x: Rows) -> Rows:
@@ -35,6 +35,7 @@ def heads(b: Builder, index: int, x: Rows) -> Rows:
     name, spec = f"layers.{index}", b.spec
     if spec.latent:
         return latent.heads(b, index, x)
+    b.take_outliers(f"{name}.attention", x)
     b.linear(f"{name}.q", x, b.q, last=False)
     b.linear(f"{name}.k", x, b.k, last=False)
     b.linear(f"{name}.v", x, b.v)
@@ -52,7 +53,9 @@ def feed_forward(b: Builder, index: int) -> None:
     if b.spec.neurons:
         neurons.feed_forward(b, index, x)
         return
-    b.linear(f"{name}.down", activations(b, index, x), b.hidden, add=True)
+    x = b.take_outliers(f"{name}.ffn", x)
+    h = b.take_outliers(f"{name}.down", activations(b, index, x))
+    b.linear(f"{name}.down", h, b.hidden, add=True)
 
 
 def activations(b: Builder, index: int, x: Rows) -> Rows:
