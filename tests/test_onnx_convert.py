@@ -148,6 +148,14 @@ def test_places_outside_the_data_are_refused(place: dict[str, int], model: Any, 
     assert isinstance(refused(tmp_path, model), ConversionError)
 
 
+def test_a_name_that_is_no_text_is_refused(model: Any, tmp_path: Path) -> None:
+    external(model.graph.initializer[-1], "model.data")
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString().replace(b"model.data", b"mod\xffl.data"))
+    with pytest.raises(NotAModelError, match="expected UTF-8"):
+        edgert.convert(path, tmp_path / "m.ert")
+
+
 def test_a_shape_that_lies_is_refused(model: Any, tmp_path: Path) -> None:
     model.graph.initializer[-1].dims[0] = 1 << 60
     assert "expected a shape and bytes that agree" in str(refused(tmp_path, model))

@@ -2,11 +2,11 @@
 
     python tools/quality_curve.py MODEL... --text TEXT --peer PYTHON -o quality.json --plot quality.svg
 
-MODEL is a Hugging Face folder. The last documents of TEXT, a .jsonl, are scored, the others calibrate.
-PYTHON is an interpreter with llama-cpp-python and gguf: llama.cpp's types are rounded by its own code
+MODEL is a Hugging Face folder. The last documents of TEXT, a .jsonl, are scored, the others calibrate. PYTHON
+is an interpreter with llama-cpp-python, gguf and matplotlib: llama.cpp's types are rounded by its own code
 (ggml_round.py), plain and with an importance matrix from the same calibration, the embedding in Q6_K as
 llama.cpp keeps it, and scored with exact float32 activations, while edgert's files are scored as they run. No
-figure is a timing.
+figure is a timing. What OUTPUT holds of other models stays; without a MODEL it is only drawn anew.
 """
 
 import argparse
@@ -43,6 +43,7 @@ BUDGETS = (2.5, 2.75, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0)
 THEIRS = {"Q4_0": 4.5, "Q4_K": 4.5, "Q3_K": 3.4375, "Q2_K": 2.625}  # bits per weight
 EMBEDDING, EMBEDDING_BITS = "Q6_K", 6.5625
 ROUND = Path(__file__).with_name("ggml_round.py")
+PLOT = Path(__file__).with_name("quality_plot.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,42 +177,6 @@ def theirs(folder: Path, scratch: Path, kept: Kept, documents: list[str], peer: 
             yield Point(folder.name, f"llama.cpp, {series}", kind, bits_per_weight, score(changed, documents))
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def plot(points: list[Point], out: Path) -> None:
-    """One panel per model: how much worse than float32, on a logarithmic axis."""
-    pyplot = _pyplot()
-    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "edgert", "font.size": 9})
-    models = list(dict.fromkeys(p.model for p in points))
-    figure, panels = pyplot.subplots(1, len(models), figsize=(4.6 * len(models), 4), squeeze=False)
-    for panel, model in zip(panels[0], models, strict=True):
-        own = [p for p in points if p.model == model]
-        exact = next(p.perplexity for p in own if p.series == "float32")
-        for series in dict.fromkeys(p.series for p in own if p.series != "float32"):
-            line = sorted((p for p in own if p.series == series), key=lambda p: p.bits)
-            worse = [100 * (p.perplexity / exact - 1) for p in line]
-            style = "o-" if series == "edgert, --bits" else "o--" if "edgert" in series else "s"
-            panel.plot([p.bits for p in line], worse, style, ms=4, lw=1.2, label=series)
-            for p, height in zip(line, worse, strict=True) if "bits" not in series else ():
-                panel.annotate(
-                    p.name, (p.bits, height), fontsize=6, xytext=(3, 2), textcoords="offset points"
-                )
-        panel.set(
-            title=model, xlabel="bits per weight, all tensors", yscale="log", xlim=(2, 6.3), ylim=(0.3, 1000)
-        )
-        panel.set_ylabel("perplexity above float32, %")
-        panel.legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else {})
-
-
 def table(points: list[Point]) -> str:
     """Markdown, a row for each point."""
     lines = ["| model | | | bits per weight | perplexity |", "|---|---|---|---|---|"]
@@ -226,12 +191,12 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="*", help="none: only draw what OUTPUT holds")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--last", type=int, default=200, help="documents scored")
-    parser.add_argument("--peer", required=True, help="an interpreter with llama-cpp-python and gguf")
+    parser.add_argument("--peer", required=True, help="an interpreter with the extra `peers`")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    if options.plot:
-        _pyplot()  # where it is missing, say so before an hour of measuring
+    if options.plot:  # where matplotlib is missing, say so before an hour of measuring
+        subprocess.run([options.peer, "-c", "import matplotlib"], check=True)
     documents = read_documents(options.text)
     points: list[Point] = []
     if options.output.is_file():  # what was measured of other models stays
@@ -270,7 +235,7 @@ def main() -> None:
                     options.output.write_text(json.dumps(record, indent=1) + "\n")
     print(table(points))
     if options.plot:
-        plot(points, options.plot)
+        subprocess.run([options.peer, str(PLOT), str(options.output), str(options.plot)], check=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ What exporters write in several ways is brought to one: casts, identities and co
 that adds first (SkipSimplifiedLayerNormalization) becomes an addition and a norm.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -168,7 +168,29 @@ def _parse(path: Path) -> Any:
         raise NotAModelError(f"{path}: found no ONNX model, or a damaged one; {_AGAIN}") from None
     if not proto.graph.node or not proto.graph.output:
         raise NotAModelError(f"{path}: found a file without operations, expected an ONNX model; {_AGAIN}")
+    # protobuf gives the bytes of a text that is not UTF-8
+    wrong = next((text for text in _texts(proto.graph) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise NotAModelError(f"{path}: found the name {shown(wrong)}, expected UTF-8; {_AGAIN}")
     return proto
+
+
+def _texts(graph: Any) -> Iterator[object]:
+    """Every text of a graph that is looked at."""
+    for node in graph.node:
+        yield from (node.op_type, node.domain, *node.input, *node.output)
+        for attribute in node.attribute:
+            yield attribute.name
+            yield from _tensor_texts(attribute.t)
+    for tensor in graph.initializer:
+        yield from _tensor_texts(tensor)
+    yield from (value.name for value in (*graph.input, *graph.output))
+
+
+def _tensor_texts(tensor: Any) -> Iterator[object]:
+    yield tensor.name
+    for entry in tensor.external_data:
+        yield from (entry.key, entry.value)
 
 
 def _refuse(path: Path, proto: Any) -> None:
