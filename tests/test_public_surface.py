@@ -15,7 +15,7 @@ from edgert import errors
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "grpc", "ray", "huggingface_hub", "gguf")
-NEED_TORCH = {f"edgert.training.{name}" for name in ("draft", "exits", "run", "teacher")}
+NEED_TORCH = {f"edgert.training.{name}" for name in ("draft", "exits", "predictor", "run", "teacher")}
 NEED_CLOUD = {
     f"edgert.handoff.{name}"
     for name in (
