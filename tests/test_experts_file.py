@@ -151,9 +151,10 @@ def test_approximations_are_said_to_be_some(moe_file: Path) -> None:
         assert "approximate" not in model.generate("Once upon", max_tokens=2).stats
 
 
-def test_a_file_in_fewer_bits_stands_in_for_missing_experts(tmp_path: Path) -> None:
-    """With all of it standing in for all of the experts, the text is that of its experts."""
-    tiny_models.write_folder(tmp_path / "source", "mixtral_gqa_tied")
+@pytest.mark.parametrize("name", ["mixtral_gqa_tied", "gpt_oss_no_biases_odd_sizes"])  # no biases of q, k, v
+def test_a_file_in_fewer_bits_stands_in_for_missing_experts(name: str, tmp_path: Path) -> None:
+    """With all of it standing in for all of the experts, the text is that of its experts, biases included."""
+    tiny_models.write_folder(tmp_path / "source", name)
     large, small = tmp_path / "large.ert", tmp_path / "small.ert"
     edgert.convert(tmp_path / "source", large, quant="q8")
     # The same file in all but its experts.

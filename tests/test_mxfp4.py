@@ -53,6 +53,11 @@ def written(folder: Path, tensors: Arrays, **options: Any) -> Path:
     return folder
 
 
+def write_published(folder: Path) -> Path:
+    """The model as it is published."""
+    return written(folder, packed()[0], quantization_config=MXFP4)
+
+
 def logits(path: Path) -> NDArray[np.float32]:
     with edgert.load(path, threads=1) as model:
         return model.logits(tiny_models.tokens(20))
@@ -60,11 +65,8 @@ def logits(path: Path) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    base, (published, plain) = tmp_path_factory.mktemp("mxfp4"), packed()
-    return (
-        written(base / "published", published, quantization_config=MXFP4),
-        written(base / "plain", plain),
-    )
+    base = tmp_path_factory.mktemp("mxfp4")
+    return write_published(base / "published"), written(base / "plain", packed()[1])
 
 
 def test_published_weights_are_what_their_bits_say(folders: tuple[Path, Path], tmp_path: Path) -> None:

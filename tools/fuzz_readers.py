@@ -44,7 +44,7 @@ from edgert.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests import gguf_files, tiny_models  # noqa: E402
+from tests import gguf_files, test_mxfp4, tiny_models  # noqa: E402
 from tools.gguf_texts import byte_level, sentence_piece  # noqa: E402
 
 MEMORY: Final = 512 << 20  # the models take a megabyte
@@ -151,6 +151,7 @@ def gguf_samples(folder: Path) -> Iterator[Sample]:
     kinds |= {"mixtral_gqa_tied": "Q4_0", "qwen2_moe_shared": "Q8_0"}
     kinds |= {"gemma2_caps": "Q4_0", "phi3_partial_longrope": "F16", "granite_untied_head_dim": "Q8_0"}
     kinds |= {"gpt_neox_parallel": "F16", "glm4_gqa": "Q8_0", "smollm3_no_rope_layers": "F32"}
+    kinds |= {"gpt_oss_yarn": "F16", "deepseek_v2_lite": "Q8_0", "deepseek_v3_yarn": "Q4_0"}
     for name, kind in kinds.items():
         tiny_models.write_folder(folder / name, name)
         for part, make in enumerate((None, byte_level, sentence_piece)):
@@ -205,8 +206,12 @@ def hf_samples(folder: Path) -> Iterator[Sample]:
     names = ("llama_rope_llama3", tiny_models.SHARDED, "mistral_window_yarn_factor", "granitemoe_tied")
     gated = ("gemma2_caps", "gemma3_scaled_cap_v4", "phi3_partial_longrope", "smollm3_windows", "glm4_gqa")
     plain = ("gpt2_defaults", "gpt_neox_parallel", "opt_relu", "falcon_alibi", "cohere_tied")
-    for name in (*names, *gated, *plain, "exaone4_hybrid", "qwen3_moe_biases_window"):
-        tiny_models.write_folder(folder / name, name)
+    routed = ("gpt_oss_yarn", "deepseek_v2_groups_biases", "deepseek_v3_yarn", "gpt_oss_mxfp4")
+    for name in (*names, *gated, *plain, *routed, "exaone4_hybrid", "qwen3_moe_biases_window"):
+        if name == "gpt_oss_mxfp4":
+            test_mxfp4.write_published(folder / name)
+        else:
+            tiny_models.write_folder(folder / name, name)
         (folder / name / "tokenizer_config.json").write_text(
             json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "{{ 1 }}"})
         )

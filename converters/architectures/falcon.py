@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.converters.architectures.cuts import Grouped, Layout
-from edgert.converters.architectures.family import Variant, head_size, without_rope
+from edgert.converters.architectures.family import PLAIN, Variant, head_size, without_rope
 from edgert.converters.architectures.names import NORM_BIASES
 from edgert.converters.hf_config import HfConfig, shown
 from edgert.errors import UnsupportedError
@@ -66,9 +66,7 @@ def variant(config: HfConfig) -> Variant:
         fields={
             "block": "parallel" if parallel else "pre",
             "shared_norm": parallel and norms == 1,
-            "layer_norm": True,
-            "norm_bias": True,
-            "plain_ffn": True,
+            **PLAIN,
             **more,
         },
         keys={

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -165,6 +165,15 @@ def read_decoder(config: HfConfig, generation: HfConfig, variant: Variant) -> De
         local = make_rope(variant.local_rope, rotary or head_dim, positions)
         computed[rope_name(LOCAL_ROPE)] = local.frequencies
     return Decoder(spec, computed, variant)
+
+
+PLAIN: Final[Mapping[str, Any]] = {"layer_norm": True, "norm_bias": True, "plain_ffn": True}
+"""Fields of ModelSpec of decoders in GPT-2's line: LayerNorms with biases, a feed-forward without a gate."""
+
+
+def learned_positions(config: HfConfig) -> dict[str, Any]:
+    """Fields of ModelSpec of those among them that add a vector for each position, and rotate nothing."""
+    return {**PLAIN, "learned_positions": True, "ropes": without_rope(config)}
 
 
 def without_rope(config: HfConfig) -> tuple[int, ...]:

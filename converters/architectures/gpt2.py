@@ -3,7 +3,7 @@
 from typing import Final
 
 from edgert.converters.architectures.cuts import Layout, Stacked
-from edgert.converters.architectures.family import Variant, without_rope
+from edgert.converters.architectures.family import Variant, learned_positions
 from edgert.converters.hf_config import HfConfig
 
 NAMES: Final = {
@@ -40,13 +40,7 @@ def variant(config: HfConfig) -> Variant:
         qkv_bias=True,
         output_bias=True,
         ffn_bias=True,
-        fields={
-            "layer_norm": True,
-            "norm_bias": True,
-            "plain_ffn": True,
-            "learned_positions": True,
-            "ropes": without_rope(config.renamed(KEYS, {"num_hidden_layers": 12})),
-        },
+        fields=learned_positions(config.renamed(KEYS, {"num_hidden_layers": 12})),
         class_name="GPT2LMHeadModel",
         keys=KEYS,
         defaults={

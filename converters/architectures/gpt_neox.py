@@ -6,7 +6,7 @@ q, k and v of each head lie together in one matrix.
 from typing import Final
 
 from edgert.converters.architectures.cuts import Grouped, Layout
-from edgert.converters.architectures.family import Variant, head_size
+from edgert.converters.architectures.family import PLAIN, Variant, head_size
 from edgert.converters.architectures.names import NORM_BIASES
 from edgert.converters.hf_config import HfConfig
 
@@ -32,12 +32,7 @@ def variant(config: HfConfig) -> Variant:
         qkv_bias=bias,
         output_bias=bias,
         ffn_bias=True,
-        fields={
-            "block": "parallel" if config.flag("use_parallel_residual", True) else "pre",
-            "layer_norm": True,
-            "norm_bias": True,
-            "plain_ffn": True,
-        },
+        fields={**PLAIN, "block": "parallel" if config.flag("use_parallel_residual", True) else "pre"},
         keys={
             "rms_norm_eps": "layer_norm_eps",
             "partial_rotary_factor": "rotary_pct",

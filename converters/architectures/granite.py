@@ -9,6 +9,7 @@ gain is also divided by e (`Decoder.factor`).
 from typing import Final
 
 from edgert.converters.architectures.family import Variant, head_size
+from edgert.converters.architectures.windows import refuse_windows
 from edgert.converters.hf_config import HfConfig
 
 MULTIPLIERS: Final = frozenset(
@@ -18,8 +19,7 @@ MULTIPLIERS: Final = frozenset(
 
 def variant(config: HfConfig) -> Variant:
     """What a granite config says beyond the fields of the family."""
-    config.refuse_unless("sliding_window")
-    config.refuse_unless("layer_types")
+    refuse_windows(config)
     bias = config.flag("attention_bias")
     return Variant(
         qkv_bias=bias,

@@ -5,6 +5,7 @@ from typing import Final
 from edgert.converters.architectures import granite, mixtral
 from edgert.converters.architectures.cuts import Layout
 from edgert.converters.architectures.family import Experts, Variant
+from edgert.converters.architectures.windows import refuse_windows
 from edgert.converters.hf_config import HfConfig
 
 FUSED: Final = {
@@ -17,8 +18,7 @@ FUSED: Final = {
 def variant(config: HfConfig) -> Variant:
     """What a granitemoe config says beyond the fields of the family."""
     config.refuse_unless("mlp_bias", False)
-    config.refuse_unless("sliding_window")
-    config.refuse_unless("layer_types")
+    refuse_windows(config)
     bias = config.flag("attention_bias")
     return Variant(
         qkv_bias=bias,

@@ -4,6 +4,7 @@ from typing import Final
 
 from edgert.converters.architectures.cuts import Layout
 from edgert.converters.architectures.family import Variant
+from edgert.converters.architectures.windows import refuse_windows
 from edgert.converters.hf_config import HfConfig
 
 NAMES: Final = {
@@ -14,8 +15,7 @@ NAMES: Final = {
 
 def variant(config: HfConfig) -> Variant:
     """What an olmo2 config says beyond the fields of the family."""
-    config.refuse_unless("sliding_window")
-    config.refuse_unless("layer_types")
+    refuse_windows(config)
     bias = config.flag("attention_bias")
     return Variant(
         qkv_bias=bias,

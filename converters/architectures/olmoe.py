@@ -1,13 +1,13 @@
 """OLMoE (transformers' modeling_olmoe.py): norms over all heads of q and of k together."""
 
 from edgert.converters.architectures.family import Experts, Variant
+from edgert.converters.architectures.windows import refuse_windows
 from edgert.converters.hf_config import HfConfig
 
 
 def variant(config: HfConfig) -> Variant:
     """What an olmoe config says beyond the fields of the family."""
-    config.refuse_unless("sliding_window")
-    config.refuse_unless("layer_types")
+    refuse_windows(config)
     bias = config.flag("attention_bias")
     return Variant(
         qkv_bias=bias,

@@ -3,7 +3,7 @@
 from typing import Final
 
 from edgert.converters.architectures.cuts import Layout, Shifted
-from edgert.converters.architectures.family import Variant, without_rope
+from edgert.converters.architectures.family import Variant, learned_positions
 from edgert.converters.hf_config import HfConfig
 
 NAMES: Final = {
@@ -37,13 +37,7 @@ def variant(config: HfConfig) -> Variant:
         qkv_bias=True,
         output_bias=True,
         ffn_bias=True,
-        fields={
-            "layer_norm": True,
-            "norm_bias": True,
-            "plain_ffn": True,
-            "learned_positions": True,
-            "ropes": without_rope(config),
-        },
+        fields=learned_positions(config),
         keys={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
         defaults={
             "max_position_embeddings": 2048,

@@ -3,7 +3,7 @@
 from typing import Final
 
 from edgert.converters.architectures.cuts import Layout
-from edgert.converters.architectures.family import Variant
+from edgert.converters.architectures.family import PLAIN, Variant
 from edgert.converters.architectures.names import NORM_BIASES
 from edgert.converters.architectures.windows import every_layer
 from edgert.converters.hf_config import HfConfig
@@ -25,7 +25,7 @@ def variant(config: HfConfig) -> Variant:
         output_bias=bias,
         ffn_bias=bias,
         windows=every_layer(config),
-        fields={"layer_norm": True, "norm_bias": True, "plain_ffn": True},
+        fields=PLAIN,
         keys={"rms_norm_eps": "norm_epsilon"},
         defaults={"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 1e-5},
         layout=Layout(names=NAMES),

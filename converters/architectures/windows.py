@@ -25,6 +25,12 @@ def window_size(config: HfConfig) -> int:
     return config.integer("sliding_window", 4096)
 
 
+def refuse_windows(config: HfConfig) -> None:
+    """UnsupportedError for what would give layers windows, of architectures that have none."""
+    config.refuse_unless("sliding_window")
+    config.refuse_unless("layer_types")
+
+
 def layer_windows(config: HfConfig) -> tuple[int, ...]:
     """The windows of Qwen: per layer as `layer_types` says, or from `max_window_layers` up."""
     layers = layer_count(config)
