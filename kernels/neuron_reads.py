@@ -24,8 +24,8 @@ CONTROL_WORDS = 40
 (
     FAILED, CLOSING, HITS, MISSES, WAITED, BYTES, READS, POSTED, TAKEN, DONE, REQUEST, ARRIVED, WORD, LIVE,
     BUNDLE, HAND, DESCRIPTOR, BELL, HEARD, READERS, ALONE, GAP, LONGEST, PIECE, FIRST_SLOT, SLOT, SLOTS,
-    PINNED, COUNTS, OWNERS, STAMPS, JOBS, RUNS, MOST_RUNS,
-) = range(34)  # fmt: skip
+    PINNED, ALIGN, COUNTS, OWNERS, STAMPS, JOBS, RUNS, MOST_RUNS,
+) = range(35)  # fmt: skip
 """Control words. Of a forward: FAILED, what it waits for will not come. Of all time: HITS, MISSES, neurons
 that were there when asked for, or not; WAITED, nanoseconds the leader had nothing to do; BYTES, READS; runs
 POSTED, TAKEN, DONE. Of the newest request: its number REQUEST; ARRIVED, how many of its neurons are listed;
@@ -35,16 +35,14 @@ HAND: the slot to be looked at next.
 Set before: DESCRIPTOR of the file, below 0 where only Python can read; BELL and HEARD, the ends of a pipe;
 READERS; ALONE: nothing is computed before all has come; GAP: bytes between two neurons that are read with
 them; LONGEST: bytes of a run; PIECE: of one read; FIRST_SLOT, a byte of the pool, where SLOTS of SLOT bytes
-start, the first PINNED of which are never given away. Starts of lists: COUNTS, how often each neuron fires;
-of each slot OWNERS, who was given it last, and STAMPS, the request that used it last; JOBS; RUNS, MOST_RUNS
-of them."""
+start, the first PINNED of which are never given away; ALIGN, at multiples of which reads start and end.
+Starts of lists: COUNTS, how often each neuron fires; of each slot OWNERS, who was given it last, and STAMPS,
+the request that used it last; JOBS; RUNS, MOST_RUNS of them."""
 JOB, RUN = 3, 6
 """Words of a job (neuron of the layer, byte of the pool, byte of its run), and of a run:"""
 OFFSET, SPAN, WANTED, INTO, FIRST, COUNT = range(RUN)
-"""Its byte in the file, its bytes, in whole pages, and how many of them must come; the byte of the pool where
-all of it goes, or ABSENT; and else the jobs that take it apart."""
-PAGE = 4096
-"""What reads past the page cache are aligned to."""
+"""Its byte in the file, its bytes, a multiple of ALIGN, and how many of them must come; the byte of the pool
+where all of it goes, or ABSENT; and else the jobs that take it apart."""
 USE = 16
 """What a use counts for; counts are halved from time to time (edgert/neurons/store.py)."""
 CANDIDATES = 8
@@ -63,11 +61,8 @@ def ask_live(word, file_at, cluster, bundle, live, control, routes, table):
     first from byte `file_at` of the file; bundle: of one of them.
     """
     count, request = routes[live], table[control + REQUEST] + 1
-    first_slot, slot_bytes, posted = (
-        table[control + FIRST_SLOT],
-        table[control + SLOT],
-        table[control + POSTED],
-    )
+    first_slot, slot_bytes = table[control + FIRST_SLOT], table[control + SLOT]
+    posted, align = table[control + POSTED], table[control + ALIGN]
     counts, stamps, jobs = table[control + COUNTS], table[control + STAMPS], table[control + JOBS]
     table[control + REQUEST] = request
     there = missing = 0
@@ -97,33 +92,29 @@ def ask_live(word, file_at, cluster, bundle, live, control, routes, table):
         if runs == 0 or at - end > table[control + GAP] or at + bundle - start > table[control + LONGEST]:
             run = _run(posted + runs, control, table)
             runs += 1
-            start = at // PAGE * PAGE
+            start = at // align * align
             table[run + OFFSET], table[run + INTO] = start, ABSENT
             table[run + FIRST], table[run + COUNT] = i, 0
         end = at + bundle
         table[job + 2] = at - start
         table[run + COUNT] += 1
         table[run + WANTED] = end - start
-        table[run + SPAN] = _pages(end - start)
+        table[run + SPAN] = (end - start + align - 1) // align * align
     _post(runs, control, table)
 
 
 @jit
 def ask_whole(file_at, nbytes, into, control, table):
     """Ask for a layer as it is in the file, to byte `into` of the pool."""
-    piece, posted = table[control + PIECE], table[control + POSTED]
+    piece, posted, align = table[control + PIECE], table[control + POSTED], table[control + ALIGN]
     runs = (nbytes + piece - 1) // piece
     for i in range(runs):
         run, at = _run(posted + i, control, table), i * piece
         wanted = min(piece, nbytes - at)
-        table[run + OFFSET], table[run + SPAN], table[run + WANTED] = file_at + at, _pages(wanted), wanted
+        table[run + OFFSET], table[run + WANTED] = file_at + at, wanted
+        table[run + SPAN] = (wanted + align - 1) // align * align
         table[run + INTO], table[run + FIRST], table[run + COUNT] = into + at, 0, 0
     _post(runs, control, table)
-
-
-@jit
-def _pages(count):
-    return (count + PAGE - 1) // PAGE * PAGE
 
 
 @jit

@@ -254,7 +254,7 @@ def parse_args() -> argparse.Namespace:
         sub.add_argument("--warm", type=int, default=48, help="tokens before the clock starts")
         sub.add_argument("--seconds", type=float, default=8.0, help="most to warm up, and most to measure")
         sub.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-        sub.add_argument("--likeness", type=float, default=0.35)
+        sub.add_argument("--likeness", type=float, default=0.42)
         if work is everything:
             sub.add_argument("--shape", default="prosparse-llama-2-7b")
             sub.add_argument("--layers", type=int, help="fewer layers than the shape has")

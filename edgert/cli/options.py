@@ -62,8 +62,9 @@ def experts_option(function: Command) -> Command:
         "experts",
         multiple=True,
         metavar="NAME=VALUE",
-        help="Of experts that --ram does not hold: a field of edgert.Streaming, e.g. pinned=0.25; may be "
-        "repeated. swap_near, drop_below and stand_in_below change the text (docs/experts.md).",
+        help="Of experts, or neurons, that --ram does not hold: a field of edgert.Streaming, e.g. "
+        "pinned=0.25; may be repeated. swap_near, drop_below and stand_in_below change the text "
+        "(docs/experts.md).",
     )(function)
 
 

@@ -10,6 +10,9 @@ from typing import Protocol
 from edgert.errors import ModelFileError
 from edgert.format.layout import PAGE
 
+SECTOR = 512
+"""The least that any disk reads."""
+
 
 class Source(Protocol):
     """Where bytes come from. Several threads read at once. Tests inject slow, short and failing ones."""
@@ -40,6 +43,15 @@ class FileSource:
                     raise
         if self._direct < 0:
             self._fall_back()
+        self.unit = self._least_unit()
+
+    def _least_unit(self) -> int:
+        """At multiples of what reads may start and end: a disk of small sectors need not give whole pages."""
+        try:
+            os.preadv(self.descriptor, [memoryview(mmap.mmap(-1, PAGE))[:SECTOR]], SECTOR)
+        except OSError:
+            return PAGE
+        return SECTOR
 
     @property
     def direct(self) -> bool:
@@ -52,7 +64,7 @@ class FileSource:
         return self._direct if self.direct else self._buffered
 
     def read(self, offset: int, into: memoryview) -> int:
-        """See Source; all three of offset, length and address are multiples of PAGE."""
+        """See Source; offset and length are multiples of `unit`, the address is one of PAGE."""
         done = 0
         while done < len(into):
             direct = self.direct
@@ -66,7 +78,7 @@ class FileSource:
             if count == 0:
                 break
             done += count
-            if done % PAGE:
+            if done % self.unit:
                 break  # the end of the file: O_DIRECT cannot go on from here
         return done
 

@@ -135,6 +135,7 @@ class NeuronStore:
             (words.GAP, reads.gap),
             (words.LONGEST, reads.longest),
             (words.PIECE, reads.piece),
+            (words.ALIGN, self.source.unit if isinstance(self.source, FileSource) else PAGE),
             (words.FIRST_SLOT, self._first_slot),
             (words.SLOT, self._slot),
             (words.SLOTS, self._slots),
