@@ -2,6 +2,7 @@
 
     python tools/bench_neurons.py all -o FOLDER          # 4 GB of disk, some 4 minutes
     python tools/bench_neurons.py run FOLDER/neurons.ert --case streamed --case resident
+    python tools/bench_neurons.py hits --text FILE     # what the cache keeps of the bundled target's neurons
 
 `all` writes random weights of a shape (Llama-2-7B with ReLU), their gates planted so that a chosen share of
 the activations is zero and neurons fire as unequally as those of the bundled target (bench_sparsity.py),
@@ -31,6 +32,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -42,8 +44,10 @@ from bench_experts import drop_cache
 from bench_sparsity import planted
 from numpy.typing import NDArray
 
+import edgert
 from edgert.config import EngineConfig, ModelSpec
 from edgert.converters.hottest_first import Firing, sparsity_metadata
+from edgert.evaluate import read_documents
 from edgert.flash import Streaming
 from edgert.format import ErtFile, ErtWriter
 from edgert.format.layout import QUANTIZED
@@ -202,6 +206,28 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def hits(args: argparse.Namespace) -> None:
+    """What the cache keeps of what fires in the bundled target, with room for a share of its neurons."""
+    documents = read_documents(args.text, args.last)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "target.ert"
+        edgert.convert(Path(edgert.__file__).parent / "assets" / "target", path, "q4", sparsity="exact")
+        with edgert.load(path, threads=1) as model:
+            texts = [model.tokenizer.encode(document)[: CONTEXT - 1] for document in documents]
+        for share in args.share:
+            with ErtFile.open(path) as file:
+                spec = file.spec
+                weights, store = open_streamed(file, int(share * spec.layers * spec.ffn_width), Streaming())
+                with closing(Forward(weights, EngineConfig(1, CONTEXT, 8), store)) as forward:
+                    for text in texts:
+                        forward.cache.rewind(0)
+                        for token in text:
+                            forward.run([token])
+                    found = store.totals()
+            kept = found["hits"] / (found["hits"] + found["misses"])
+            print(f"room for {share:.0%}: {kept:.1%} of what fired was there", flush=True)
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table for people."""
     slowest = next((row["tok_s"] for row in rows if row["case"] == "on demand"), None)
@@ -247,6 +273,11 @@ def parse_args() -> argparse.Namespace:
     """The sub-command's arguments; `work` is its function."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(required=True)
+    sub = commands.add_parser("hits")
+    sub.set_defaults(work=hits)
+    sub.add_argument("--text", type=Path, required=True, help="a story or a JSON object per line")
+    sub.add_argument("--last", type=int, default=10, help="lines from the end of the text")
+    sub.add_argument("--share", type=float, nargs="+", default=[0.2, 0.35, 0.5])
     for name, work in (("all", everything), ("run", run), ("case", case)):
         sub = commands.add_parser(name)
         sub.set_defaults(work=work, case=None)
