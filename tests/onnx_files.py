@@ -64,7 +64,10 @@ def quantised(weights: Floats, zeros: bool) -> tuple[NDArray[np.uint8], Floats, 
 
 
 class Decoder:
-    """Writes a decoder of `tiny_models` as "operators" (onnxruntime-genai) or "spelled" (Optimum)."""
+    """Writes a decoder of `tiny_models` as "operators" (onnxruntime-genai) or "spelled" (Optimum).
+
+    "heads": as onnxruntime-genai does where each query head has a key head, with MultiHeadAttention.
+    """
 
     def __init__(self, name: str, style: str, kind: str = "f32", blocks: str = "", window: int = -1) -> None:
         self.config = CONFIGS[name]
@@ -108,7 +111,8 @@ class Decoder:
     def layer(self, x: str, index: int) -> tuple[str, list[str]]:
         make, here = self.make, LAYER.format(index)
         h = self.norm(x, here + "input_layernorm")
-        attend = self.one_operator if self.style == "operators" else self.spelled
+        styles = {"operators": self.one_operator, "heads": self.many_heads, "spelled": self.spelled}
+        attend = styles[self.style]
         attended, present = attend(h, here + "self_attn.", index)
         out = self.linear(attended, here + "self_attn.o_proj")
         gain = here + "post_attention_layernorm"
@@ -163,6 +167,14 @@ class Decoder:
         )
         return made[0], made[1:]
 
+    def many_heads(self, h: str, here: str, index: int) -> tuple[str, list[str]]:
+        make = self.make
+        q, k, v = (self.linear(h, here + f"{part}_proj") for part in "qkv")
+        q, k = (make.ms("RotaryEmbedding", x, "positions", self.cos, self.sin) for x in (q, k))
+        past = f"past{2 * index}", f"past{2 * index + 1}"
+        made = make.ms("MultiHeadAttention", q, k, v, "", "", self.mask, *past, count=3, num_heads=self.heads)
+        return made[0], made[1:]
+
     def spelled(self, h: str, here: str, index: int) -> tuple[str, list[str]]:
         make, d = self.make, self.d
         rows = {}
@@ -203,11 +215,20 @@ class Decoder:
             total = make.op("Gather", make.op("Shape", "mask"), make.raw(np.array(1, np.int64)))
             self.nodes_named("Cast", total, "total", to=TensorProto.INT32)
             return
+        self.see()
+        if self.style == "heads":
+            angles = np.arange(self.config["max_position_embeddings"])[:, None] * self.frequencies[None]
+            self.cos, self.sin = make.number(np.cos(angles)), make.number(np.sin(angles))
+            return
         p = make.op("Cast", make.op("Unsqueeze", "positions", make.whole(1, 3)), to=TensorProto.FLOAT)
         half = make.op("Mul", p, make.raw(self.frequencies.reshape(1, 1, 1, -1)))
         angles = make.op("Concat", half, half, axis=-1)
         self.cos = make.op("Cast", make.op("Cos", angles), to=make.float)
         self.sin = make.op("Cast", make.op("Sin", angles), to=make.float)
+
+    def see(self) -> None:
+        """What hides the keys behind a row."""
+        make = self.make
         one, none = make.raw(np.array(1, np.int64)), make.raw(np.array(0, np.int64))
         length = make.op("Gather", make.op("Shape", "mask"), one)
         keys = make.op("Range", none, length, one)
@@ -230,7 +251,7 @@ class Decoder:
         x = self.norm(x, "model.norm")
         logits = self.product(x, self.weights.get("lm_head.weight", embedding))
         given = [("ids", TensorProto.INT64, ["b", "s"]), ("mask", TensorProto.INT64, ["b", "t"])]
-        if self.style == "spelled":
+        if self.style != "operators":
             given.append(("positions", TensorProto.INT64, ["b", "s"]))
         cache = ["b", self.kv_heads, "p", self.d]
         given += [(f"past{i}", make.float, cache) for i in range(len(presents))]

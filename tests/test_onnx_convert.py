@@ -23,6 +23,7 @@ from edgert.converters.onnx.reference import onnx_logits  # noqa: E402
 from tests import onnx_files  # noqa: E402
 
 NAMES = ("llama_gqa_tied", "qwen2_gqa_tied", "qwen3_heads_of_32")
+EXPORTS = [*((name, style) for name in NAMES for style in ("operators", "spelled")), ("llama_mha", "heads")]
 TOKENS = [(7 * i * i + 3 * i) % tiny_models.SMALLEST_VOCAB for i in range(40)]
 
 
@@ -31,8 +32,7 @@ def difference(path: Path, out: Path) -> float:
         return float(np.abs(model.logits(TOKENS) - onnx_logits(path, TOKENS)).max())
 
 
-@pytest.mark.parametrize("style", ["operators", "spelled"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "style"), EXPORTS)
 def test_the_same_file_as_from_the_folder(name: str, style: str, tmp_path: Path) -> None:
     path = onnx_files.written(tmp_path / "onnx", name, style)
     config = onnx_files.CONFIGS[name]
@@ -53,8 +53,7 @@ def test_the_same_file_as_from_the_folder(name: str, style: str, tmp_path: Path)
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("style", ["operators", "spelled"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "style"), EXPORTS)
 def test_logits_are_those_of_onnxruntime(name: str, style: str, tmp_path: Path) -> None:
     path = onnx_files.written(tmp_path, name, style)
     edgert.convert(path, tmp_path / "m.ert", "f32")
@@ -279,3 +278,20 @@ def test_verify_is_for_onnx(tiny_folder: Path, tmp_path: Path) -> None:
 
     with pytest.raises(OptionError, match="--verify runs ONNX models"):
         check_source(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [(5, "", "expected attention under a mask"), (3, "ids", "expected attention without a bias of its own")],
+)
+def test_attention_of_many_heads_that_is_something_else_is_refused(
+    place: int, value: str, message: str, tmp_path: Path
+) -> None:
+    path = onnx_files.written(tmp_path, "llama_mha", "heads")
+    model = onnx.load(path)
+    for node in model.graph.node:
+        if node.op_type == "MultiHeadAttention":
+            node.input[place] = value
+    onnx.save_model(model, path)
+    with pytest.raises(UnsupportedError, match=message):
+        edgert.convert(path, tmp_path / "m.ert")

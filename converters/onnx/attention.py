@@ -94,9 +94,13 @@ def attention(graph: Graph, value: str) -> Attention:
     value = _unscaled(graph, value)
     if node := graph.made_by(value, "GroupQueryAttention"):
         return _one_operator(graph, node)
+    if node := graph.made_by(value, "MultiHeadAttention"):
+        return _many_heads(graph, node)
     if node := graph.made_by(value, "MatMul"):
         return _spelled_out(graph, node)
-    raise graph.unexpected(value, "attention: GroupQueryAttention, or a product of a softmax with values")
+    raise graph.unexpected(
+        value, "GroupQueryAttention, MultiHeadAttention, or a product of a softmax with values"
+    )
 
 
 def _one_operator(graph: Graph, node: Node) -> Attention:
@@ -129,6 +133,26 @@ def _one_operator(graph: Graph, node: Node) -> Attention:
     if window < -1:
         raise graph.unexpected(made, "local_window_size of -1 or more")
     return _with_window(found, 0 if window < 0 else window)
+
+
+def _many_heads(graph: Graph, node: Node) -> Attention:
+    """A key head for each query head; q and k are turned before it, and it sees what a mask lets it see."""
+    made, heads = node.outputs[0], node.whole("num_heads", 0)
+    if heads < 1 or not (node.input(1) and node.input(2)):
+        raise graph.unexpected(made, "heads, and q, k and v apart")
+    if node.input(3):
+        raise graph.unexpected(made, "attention without a bias of its own")
+    if node.attributes.get("unidirectional", 0) != 1 and not node.input(5):
+        raise graph.unexpected(made, "attention under a mask, or to what lies before alone")
+    q, q_norm, turn = _head(graph, node.inputs[0], None)
+    k, k_norm, k_turn = _head(graph, node.inputs[1], None)
+    if not turn.equals(k_turn):
+        raise graph.unexpected(made, "q and k turned alike")
+    v = _projection(graph, _unscaled(graph, node.inputs[2]))
+    window = None if node.input(5) else 0
+    found = Attention(q, k, v, q_norm, k_norm, turn, heads, heads, window)
+    _check_scale(graph, found, node.real("scale", 0.0), made)
+    return found
 
 
 def _with_window(found: Attention, window: int) -> Attention:

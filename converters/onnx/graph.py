@@ -25,7 +25,8 @@ NORM: Final = "SimplifiedLayerNormalization"
 # How many inputs the operations that are looked at have at least; those of two have no third.
 LEAST: Final = (
     dict.fromkeys(("Add", "Mul", "Div", "Pow", "MatMul", NORM, "Gather", "Gemm"), 2)
-    | dict.fromkeys(("Where", "MatMulNBits", "GatherBlockQuantized", "GroupQueryAttention", SKIP_NORM), 3)
+    | dict.fromkeys(("Where", "MatMulNBits", "GatherBlockQuantized", SKIP_NORM), 3)
+    | dict.fromkeys(("GroupQueryAttention", "MultiHeadAttention"), 3)
     | dict.fromkeys(("Reshape", "Unsqueeze", "Squeeze", "Expand", "Transpose", "Slice", "Split", "Concat"), 1)
     | dict.fromkeys(("Neg", "Sqrt", "Reciprocal", "ReduceMean", "Softmax", "Sigmoid", "Relu", "IsNaN"), 1)
     | dict.fromkeys(("Gelu", "FastGelu", "QuickGelu", "Swish", "Cos", "Sin", "RotaryEmbedding"), 1)
