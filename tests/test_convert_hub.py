@@ -42,7 +42,8 @@ def python(
 ) -> subprocess.CompletedProcess[str]:
     """A process of its own: huggingface_hub reads the environment once."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    own |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=kept | own | environment,

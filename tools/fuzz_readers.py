@@ -35,9 +35,10 @@ import gguf
 import numpy as np
 
 import edgert
+from edgert.config import ModelSpec
 from edgert.converters import convert
 from edgert.errors import EdgertError
-from edgert.format import ErtFile
+from edgert.format import ErtFile, ErtWriter, declared
 from edgert.format.verify import check
 from edgert.tokenizer import Tokenizer
 
@@ -269,6 +270,20 @@ def ert_samples(folder: Path) -> Iterator[Sample]:
         tiny_models.write_folder(folder / name, name)
         convert(folder / name, folder / f"{name}.ert", quant)
         yield {"m.ert": (folder / f"{name}.ert").read_bytes()}
+    yield {"m.ert": _with_outliers(folder / "outliers.ert")}
+
+
+def _with_outliers(path: Path) -> bytes:
+    """Outlier columns apart, without the calibration that would find them: every weight is one byte."""
+    spec = ModelSpec("llama", 2, 64, 4, 2, 16, 96, 96, 64, 1e-5, outliers=32)
+    quants = {decl.name: "q8" for decl in declared(spec) if decl.role == "matrix"}
+    with ErtWriter(path, spec, quants) as writer:
+        for name, tensor in writer.tensors.items():
+            columns = np.arange(32, dtype=np.float32)
+            data = columns.tobytes() if name.endswith("_columns") else bytes([1]) * tensor.nbytes
+            writer.write(name, data)
+        writer.finish()
+    return path.read_bytes()
 
 
 def read_converted(folder: Path) -> None:
