@@ -53,13 +53,10 @@ def main() -> None:
         bench = Bench(options, Path(scratch))
         results: dict[str, Any] = {"model": options.file.name, "layers": bench.layers}
         results["layer"], results["published_saving"] = bench.layer, PUBLISHED
-        results["agreement"] = list(bench.agreement())
-        print(markdown(results["agreement"], AGREEMENT_COLUMNS), flush=True)
+        results["agreement"] = shown(bench.agreement(), AGREEMENT_COLUMNS)
         if not options.no_links:
-            results["links"] = list(bench.links())
-            print(markdown(results["links"], LINK_COLUMNS), flush=True)
-            results["budgets"] = list(bench.budgets())
-            print(markdown(results["budgets"], BUDGET_COLUMNS), flush=True)
+            results["links"] = shown(bench.links(), LINK_COLUMNS)
+            results["budgets"] = shown(bench.budgets(), BUDGET_COLUMNS)
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n")
     if options.plot:
@@ -244,11 +241,16 @@ BUDGET_COLUMNS = {
 }
 
 
-def markdown(rows: list[dict[str, Any]], columns: dict[str, str]) -> str:
-    """A table with the columns' formats."""
-    lines = [" | ".join(name.replace("_", " ") for name in columns), " | ".join("---:" for _ in columns)]
-    lines += [" | ".join(form.format(row[name]) for name, form in columns.items()) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+def shown(rows: Iterator[dict[str, Any]], columns: dict[str, str]) -> list[dict[str, Any]]:
+    """All rows, each printed as it comes: a table with the columns' formats."""
+    print("| " + " | ".join(name.replace("_", " ") for name in columns) + " |")
+    print("|" + " ---: |" * len(columns), flush=True)
+    taken = []
+    for row in rows:
+        taken.append(row)
+        print("| " + " | ".join(form.format(row[name]) for name, form in columns.items()) + " |", flush=True)
+    print()
+    return taken
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -34,22 +34,42 @@ from edgert.tokenizer import Tokenizer
     "--tls", type=FILE, metavar="FOLDER", help="Certificates (`edgert certs`); needed off loopback."
 )
 @click.option("--metrics", metavar="HOST:PORT", help="Answer Prometheus here.")
-@click.option("--places", type=int, default=16, show_default=True, help="Sessions held at a time.")
-@click.option("--per-client", type=int, default=16, show_default=True, help="Sessions of one client.")
-@click.option("--waiting", default="256MiB", show_default=True, help="Most memory of rows not computed yet.")
 @click.option(
-    "--idle", type=float, default=600.0, show_default=True, help="Seconds until an unused place is lost."
+    "--places", type=int, default=16, show_default=True, metavar="N", help="Sessions held at a time."
+)
+@click.option(
+    "--per-client", type=int, default=16, show_default=True, metavar="N", help="Sessions of one client."
+)
+@click.option(
+    "--waiting",
+    default="256MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Most memory of rows not computed yet.",
+)
+@click.option(
+    "--idle",
+    type=float,
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Until an unused place is lost.",
 )
 @click.option(
     "--replicas",
     type=int,
     default=1,
     show_default=True,
-    help="Processes that serve, as replicas of Ray Serve behind one gateway; all limits are each one's own.",
+    metavar="N",
+    help="So many processes, replicas of Ray Serve behind one gateway; all limits are each one's own.",
 )
-@click.option("--ray", metavar="ADDRESS", help="Of a Ray cluster for the replicas. [default: this machine]")
 @click.option(
-    "--drain", type=float, default=5.0, show_default=True, help="Seconds to answer open questions at the end."
+    "--drain",
+    type=float,
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For open questions, when it is told to end.",
 )
 @engine_options
 def cloud_command(
@@ -62,7 +82,6 @@ def cloud_command(
     waiting: str,
     idle: float,
     replicas: int,
-    ray: str | None,
     drain: float,
     **options: Any,
 ) -> None:
@@ -94,18 +113,18 @@ def cloud_command(
             held = f"layers {spec.first_layer} to {spec.last_layer} of {spec.layers}"
             safe = "no TLS" if tls is None else "mutual TLS"
             room = f"{places} places of {engine.context}"
-            many = "" if replicas == 1 and ray is None else f"{replicas} replicas of "
+            many = "" if replicas == 1 else f"{replicas} replicas of "
             kernels = target.lowering().name
             print(
                 f"edgert: {file} ({held}) at {Address(address.host, port)}, {safe}, {many}{room}, {kernels}",
                 flush=True,
             )
 
-        if replicas > 1 or ray is not None:
+        if replicas > 1:
             _check_ray_installed()
             from edgert.handoff.cluster import ClusterConfig, serve_replicas
 
-            cluster = ClusterConfig(address, replicas, tls, limits, drain, ray, answering)
+            cluster = ClusterConfig(address, replicas, certificates, limits, drain, answering)
             asyncio.run(serve_replicas(file, engine, cluster, ready))
             return
         counters = Metrics()

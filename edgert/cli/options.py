@@ -158,7 +158,9 @@ def handoff_options(function: Command) -> Command:
         click.option(
             "--mode",
             type=click.Choice(["local", "collaborative", "draft", "cloud"]),
-            help="local sends nothing, ever. [default: collaborative with --cloud]",
+            help="collaborative asks the cloud where the exit is not sure; local sends nothing, ever; draft "
+            "guesses what a larger model there says; cloud leaves everything to it. [default: collaborative "
+            "with --cloud, else local]",
         ),
         click.option("--cloud", metavar="HOST:PORT", help="The cloud half (`edgert cloud`)."),
     ):

@@ -9,17 +9,16 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import ray
-from cryptography import x509
 from ray import serve
 from ray.serve.config import ProxyLocation, RequestRouterConfig
 
 from edgert.config import EngineConfig
-from edgert.errors import DeviceError, OptionError
+from edgert.errors import DeviceError
 from edgert.format import ErtFile
 from edgert.handoff.gateway import Gateway
 from edgert.handoff.metrics import Metrics
@@ -30,7 +29,6 @@ from edgert.model.forward import Forward
 from edgert.planner import cores
 from edgert.state import Weights
 
-GATEWAY: Final = "gateway"  # name of the certificate the gateway shows to replicas on other machines
 _APPLICATION: Final = "edgert"
 _ROUTER: Final = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _QUIET: Final = {"log_level": "ERROR", "enable_access_log": False}
@@ -42,10 +40,9 @@ class ClusterConfig:
 
     listen: Address
     replicas: int
-    tls: Path | None = None  # folder of `edgert certs`; on a Ray cluster, at this path on every machine
+    certificates: Certificates | None = None  # of the gateway: replicas serve on loopback
     limits: Limits = field(default_factory=Limits)
     drain_s: float = 5.0
-    ray: str | None = None  # address of a Ray cluster to use; None starts one on this machine
     metrics: Address | None = None  # of the gateway; replica N answers at the port N + 1 behind it
 
 
@@ -54,8 +51,7 @@ async def serve_replicas(file: Path, engine: EngineConfig, config: ClusterConfig
 
     Raises DeviceError where the cluster has too few cores or a replica does not start.
     """
-    certificates = None if config.tls is None else Certificates.read(config.tls, "server")
-    check_secure(config.listen, certificates)
+    check_secure(config.listen, config.certificates)
     _start_ray(config, engine.threads)
     try:
         key = secrets.token_hex(16)
@@ -63,7 +59,7 @@ async def serve_replicas(file: Path, engine: EngineConfig, config: ClusterConfig
         gateway = _gateway(handle, config, key)
         try:
             async with listening(
-                gateway.handler(), config.listen, certificates, config.limits.message_bytes
+                gateway.handler(), config.listen, config.certificates, config.limits.message_bytes
             ) as (port, leave):
                 ready(port)
                 await until_told()
@@ -82,19 +78,14 @@ class Replica:
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it, in the loop the server is to run in
         self, file: Path, engine: EngineConfig, config: ClusterConfig, key: str
     ) -> None:
-        # On a machine of its own it is reached over the network, as the gateway is: with certificates.
-        host = "127.0.0.1" if config.ray is None else ray.util.get_node_ip_address()
-        certificates = None
-        if config.ray is not None:
-            certificates = None if config.tls is None else Certificates.read(config.tls, "server")
         metrics = Metrics()
         self._stack = contextlib.AsyncExitStack()
         opened = self._stack.enter_context(ErtFile.open(file))
         forward = Forward(Weights.of_file(opened), engine)
         self._stack.callback(forward.close)
-        server = ServerConfig(Address(host, 0), certificates, config.limits, config.drain_s, key)
+        server = ServerConfig(Address("127.0.0.1", 0), None, config.limits, config.drain_s, key)
         port = await self._stack.enter_async_context(running(opened, forward, server, metrics))
-        self._address = Address(host, port)
+        self._address = Address("127.0.0.1", port)
         if config.metrics is not None:
             rank = serve.get_replica_context().rank.rank
             metrics.serve(config.metrics.host, config.metrics.port + 1 + rank)
@@ -109,28 +100,21 @@ class Replica:
 
 
 def _start_ray(config: ClusterConfig, threads: int) -> None:
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if config.ray is None:
-        _require_cores(config.replicas * threads, cores(), config, threads)
-        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-        return
-    try:
-        ray.init(address=config.ray, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise OptionError(
-            f"found no Ray cluster at {config.ray} ({first}); start one: ray start --head"
-        ) from None
-    _require_cores(config.replicas * threads, ray.cluster_resources().get("CPU", 0), config, threads)
-
-
-def _require_cores(wanted: int, found: float, config: ClusterConfig, threads: int) -> None:
-    """Replicas that no machine has room for would be waited for without an end."""
-    if wanted > found:
+    wanted, found = config.replicas * threads, cores()
+    if wanted > found:  # Ray would wait for them without an end
         raise DeviceError(
-            f"{config.replicas} replicas of {threads} threads need {wanted} cores, and there are {found:g}; "
+            f"{config.replicas} replicas of {threads} threads need {wanted} cores, and there are {found}; "
             "give fewer --replicas or --threads"
         )
+    ray.init(
+        address="local",  # a Ray of our own, whatever the environment says of others
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        # Ray's workers yield to all other processes (niceness 15) by default; these are the server.
+        _system_config={"worker_niceness": 0},
+    )
 
 
 def _start_replicas(file: Path, engine: EngineConfig, config: ClusterConfig, key: str) -> Any:
@@ -148,7 +132,7 @@ def _start_replicas(file: Path, engine: EngineConfig, config: ClusterConfig, key
     )
     try:
         return serve.run(
-            deployment.bind(file.absolute(), engine, config, key),
+            deployment.bind(file.absolute(), engine, replace(config, certificates=None), key),
             name=_APPLICATION,
             route_prefix=None,
             logging_config=_QUIET,
@@ -167,14 +151,4 @@ def _gateway(handle: Any, config: ClusterConfig, key: str) -> Gateway:
         address: Address = await handle.options(session_id=session).address.remote()
         return address
 
-    certificates, name = None, ""
-    if config.ray is not None and config.tls is not None:
-        certificates, name = Certificates.read(config.tls, GATEWAY), _first_name(config.tls / "server.pem")
-    return Gateway(route, key, config.limits.message_bytes, metrics, certificates, name)
-
-
-def _first_name(certificate: Path) -> str:
-    """What a server's certificate was made for."""
-    found = x509.load_pem_x509_certificate(certificate.read_bytes())
-    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return str(next(iter(names)).value)
+    return Gateway(route, key, config.limits.message_bytes, metrics)

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from edgert.handoff.handoff_pb2 import FromEdge
 from edgert.handoff.metrics import Metrics
 from edgert.handoff.service import client_of
-from edgert.handoff.transport import FRAMING, OPTIONS, Address, Certificates
+from edgert.handoff.transport import FRAMING, OPTIONS, Address, check_secure
 from edgert.handoff.wire import CLIENT_HEADER, KEY_HEADER, METHOD, NAME
 
 _log = logging.getLogger(__name__)
@@ -32,22 +32,12 @@ Route = Callable[[str], Awaitable[Address]]
 class Gateway:
     """Passes streams on to replicas. Made and used within one event loop.
 
-    key: what replicas know the gateway by (`ServerConfig.gateway_key`). certificates: to speak with replicas
-    on other machines, all of which show one made for `server_name`.
+    Replicas are on the same machine. key: what they know the gateway by (`ServerConfig.gateway_key`).
     """
 
-    def __init__(
-        self,
-        route: Route,
-        key: str,
-        message_bytes: int,
-        metrics: Metrics,
-        certificates: Certificates | None = None,
-        server_name: str = "",
-    ) -> None:
+    def __init__(self, route: Route, key: str, message_bytes: int, metrics: Metrics) -> None:
         self.metrics = metrics
         self._route, self._key = route, key
-        self._certificates, self._server_name = certificates, server_name
         self._options = [*OPTIONS, ("grpc.max_receive_message_length", message_bytes + FRAMING)]
         self._channels: dict[Address, grpc.aio.Channel] = {}
         self._draining = False
@@ -122,12 +112,8 @@ class Gateway:
 
     def _channel(self, address: Address) -> grpc.aio.Channel:
         if address not in self._channels:
-            if self._certificates is None:
-                channel = grpc.aio.insecure_channel(str(address), self._options)
-            else:
-                options = [*self._options, ("grpc.ssl_target_name_override", self._server_name)]
-                channel = grpc.aio.secure_channel(str(address), self._certificates.channel(), options)
-            self._channels[address] = channel
+            check_secure(address, None)
+            self._channels[address] = grpc.aio.insecure_channel(str(address), self._options)
         return self._channels[address]
 
 
