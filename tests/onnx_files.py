@@ -283,3 +283,25 @@ def written(folder: Path, name: str, style: str, external: bool = False, **optio
     """A model of `tiny_models` as an ONNX file."""
     decoder = Decoder(name, style, **options)
     return write(folder, decoder.model(), decoder.config, external)
+
+
+def merge(path: Path) -> None:
+    """The model in a file as both branches of an If, which share its weights, as Optimum merges two."""
+    model = onnx.load(path)
+    graph, outputs = model.graph, list(model.graph.output)
+    branches = [helper.make_graph(list(graph.node), name, [], outputs) for name in ("then", "else")]
+    named = [onnx.ValueInfoProto() for _ in outputs]
+    for value, output in zip(named, outputs, strict=True):
+        value.CopyFrom(output)
+        value.name = f"merged.{output.name}"
+    chosen = helper.make_tensor_value_info("use_cache_branch", TensorProto.BOOL, [1])
+    node = helper.make_node(
+        "If",
+        ["use_cache_branch"],
+        [value.name for value in named],
+        then_branch=branches[0],
+        else_branch=branches[1],
+    )
+    whole = helper.make_graph([node], "m", [*graph.input, chosen], named, list(graph.initializer))
+    opsets = list(model.opset_import)
+    onnx.save_model(helper.make_model(whole, opset_imports=opsets, ir_version=9), path)

@@ -295,3 +295,29 @@ def test_attention_of_many_heads_that_is_something_else_is_refused(
     onnx.save_model(model, path)
     with pytest.raises(UnsupportedError, match=message):
         edgert.convert(path, tmp_path / "m.ert")
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("style", ["operators", "spelled"])
+def test_a_merged_decoder_is_that_of_its_branches(style: str, tmp_path: Path) -> None:
+    path = onnx_files.written(tmp_path, "llama_gqa_tied", style)
+    edgert.convert(path, tmp_path / "one.ert")
+    onnx_files.merge(path)
+    edgert.convert(path, tmp_path / "merged.ert")
+    with ErtFile.open(tmp_path / "one.ert") as one, ErtFile.open(tmp_path / "merged.ert") as merged:
+        assert one.spec == merged.spec
+        for tensor in one.tensors:
+            assert bytes(one.raw(tensor)) == bytes(merged.raw(tensor)), tensor
+    assert difference(path, tmp_path / "merged.ert") < 1e-3
+
+
+def test_an_if_that_is_not_the_whole_model_is_refused(tmp_path: Path) -> None:
+    path = onnx_files.written(tmp_path, "llama_gqa_tied", "spelled")
+    onnx_files.merge(path)
+    model = onnx.load(path)
+    last = model.graph.output[0].name
+    model.graph.node.append(helper.make_node("Neg", [last], ["negative"]))
+    model.graph.output[0].name = "negative"
+    onnx.save_model(model, path)
+    with pytest.raises(NotAModelError, match=r"no output that is a product .*the first comes from Neg"):
+        edgert.convert(path, tmp_path / "m.ert")

@@ -251,11 +251,14 @@ def onnx_samples(folder: Path) -> Iterator[Sample]:
         ("qwen2_gqa_tied", "operators", {"blocks": "zeros"}),
         ("qwen3_heads_of_32", "spelled", {"kind": "f16"}),
         ("llama_gqa_tied", "operators", {"blocks": "middle"}),
+        ("llama_mha", "heads", {}),
     )
     for external in (False, True):
         for number, (name, style, options) in enumerate(kinds):
             place = folder / f"{number}{external}"
-            onnx_files.written(place, name, style, external, **options)
+            path = onnx_files.written(place, name, style, external, **options)
+            if style == "heads" and not external:
+                onnx_files.merge(path)
             yield {path.name: path.read_bytes() for path in sorted(place.iterdir())}
 
 

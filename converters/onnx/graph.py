@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgert.converters.hf_config import shown
+from edgert.converters.onnx.merged import Flat, flattened
 from edgert.converters.onnx.tensors import FLOATS, ExternalFiles, OnnxTensor, read_tensor, to_float32
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
 
@@ -110,8 +111,12 @@ def open_graph(path: Path) -> Graph:
     operators of unknown domains, sparse initialisers and functions.
     """
     proto = _parse(path)
-    graph = proto.graph
-    _refuse(path, proto)
+    graph = flattened(proto.graph)
+    # protobuf gives the bytes of a text that is not UTF-8
+    wrong = next((text for text in _texts(graph) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise NotAModelError(f"{path}: found the name {shown(wrong)}, expected UTF-8; {_AGAIN}")
+    _refuse(path, proto, graph)
     files = ExternalFiles(path)
     constants = {tensor.name: read_tensor(tensor, files, path) for tensor in graph.initializer}
     inputs = frozenset(value.name for value in graph.input) - set(constants)
@@ -141,7 +146,7 @@ def open_graph(path: Path) -> Graph:
                 f"{path}: found {len(ins)} inputs of {node.op}, expected {LEAST[node.op]}; {_AGAIN}"
             )
         producers |= {name: small for small in _smaller(node) for name in small.outputs if name}
-    outputs = tuple(alias.get(value.name, value.name) for value in graph.output)
+    outputs = tuple(alias.get(name, name) for name in graph.output)
     return Graph(path, producers, constants, inputs, outputs)
 
 
@@ -169,14 +174,10 @@ def _parse(path: Path) -> Any:
         raise NotAModelError(f"{path}: found no ONNX model, or a damaged one; {_AGAIN}") from None
     if not proto.graph.node or not proto.graph.output:
         raise NotAModelError(f"{path}: found a file without operations, expected an ONNX model; {_AGAIN}")
-    # protobuf gives the bytes of a text that is not UTF-8
-    wrong = next((text for text in _texts(proto.graph) if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise NotAModelError(f"{path}: found the name {shown(wrong)}, expected UTF-8; {_AGAIN}")
     return proto
 
 
-def _texts(graph: Any) -> Iterator[object]:
+def _texts(graph: Flat) -> Iterator[object]:
     """Every text of a graph that is looked at."""
     for node in graph.node:
         yield from (node.op_type, node.domain, *node.input, *node.output)
@@ -185,7 +186,8 @@ def _texts(graph: Any) -> Iterator[object]:
             yield from _tensor_texts(attribute.t)
     for tensor in graph.initializer:
         yield from _tensor_texts(tensor)
-    yield from (value.name for value in (*graph.input, *graph.output))
+    yield from (value.name for value in graph.input)
+    yield from graph.output
 
 
 def _tensor_texts(tensor: Any) -> Iterator[object]:
@@ -194,8 +196,8 @@ def _tensor_texts(tensor: Any) -> Iterator[object]:
         yield from (entry.key, entry.value)
 
 
-def _refuse(path: Path, proto: Any) -> None:
-    own = next((node for node in proto.graph.node if node.domain not in DOMAINS), None)
+def _refuse(path: Path, proto: Any, graph: Flat) -> None:
+    own = next((node for node in graph.node if node.domain not in DOMAINS), None)
     if own is not None:
         raise UnsupportedError(
             f"{path}: found operator {shown(own.op_type)} of domain {shown(own.domain)}, expected those of "

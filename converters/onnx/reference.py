@@ -58,7 +58,9 @@ def onnx_logits(path: Path, tokens: list[int]) -> NDArray[np.float32]:
 
 
 def _feed(path: Path, given: Any, ids: str, tokens: list[int], cache: dict[int, int]) -> NDArray[Any]:
-    """One input: the tokens, their positions, a mask of ones, or an empty cache."""
+    """One input: the tokens, their positions, a mask of ones, or an empty cache that is not used."""
+    if given.type == "tensor(bool)" and len(given.shape) == 1:  # of a merged decoder: whether to use caches
+        return np.array([False])
     kind = _TYPES.get(given.type)
     if kind is not None and given.name == ids:
         return np.array([tokens], kind)
