@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ LEAST_WIDTH: Final = neuron_packing.SPAN * GROUP
 SLAB_WEIGHTS: Final = 1 << 20
 """Weights of one slab, as in pipeline.py."""
 
-Sparsity = Literal["auto", "exact", "none"] | float
+Sparsity = str | float
+"""One of SPARSITIES, a share of activations, or "teal:" and a share of inputs (calibration/inputs.py)."""
 SPARSITIES: Final = ("auto", "exact", "none")
 MOST_ZEROS: Final = 0.9
 """The largest share of zeros that can be asked for. At 0.5 a model of 8B has lost a quarter of its reasoning

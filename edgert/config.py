@@ -25,6 +25,8 @@ GLOBAL_ROPE, LOCAL_ROPE, NO_ROPE = range(3)
 """Which rotary frequencies a layer takes, for ModelSpec.ropes."""
 
 
+QKV, OUT, UP, DOWN = range(4)
+"""Places where a layer's products meet their inputs: q, k and v; o; gate and up; down."""
 MOST_RANK = 1 << 14
 """Of a predictor: far more than one that is worth its reading has."""
 
@@ -361,6 +363,7 @@ class EngineConfig:
     sequences: int = 1  # how many the KV cache holds, each of `context` positions
     tiling: Tiling = Tiling()
     thresholds: tuple[float, ...] = ()  # per layer: activations below it are zero; () for none
+    inputs: tuple[tuple[float, ...], ...] = ()  # per layer and place: inputs below it are zero; () for none
     predict: bool = False  # gates of neurons that the file's predictors take for silent are not read
     exact: bool = False  # thresholds and predictors are for drafts alone
     slots: int = 0  # experts, or neurons, held in memory while the others stay in the file; 0: all, mapped

@@ -67,7 +67,8 @@ def load(
     streaming: how experts, or neurons, are read from the file where `ram` does not hold them all; None for
     defaults.
 
-    sparsity: of a file converted with a share of zeros, "auto" takes its small activations for zero, and of
+    sparsity: of a file converted with a share of zeros, "auto" takes its small activations, or inputs, for
+    zero, and of
     one with predictors the neurons that they expect to be silent, which is not exact; "none" computes them.
     draft "sparse" makes up for it: the model with zeros guesses, and what it would say
     without is what counts.
@@ -113,6 +114,9 @@ def load(
         exact = guesses is not None and "sparse" in guesses.names
         thresholds = file.sparsity.thresholds if file.sparsity is not None else ()
         config = replace(config, thresholds=thresholds, predict=bool(file.spec.predictors), exact=exact)
+    if file.inputs is not None and sparsity == "auto":
+        exact = guesses is not None and "sparse" in guesses.names
+        config = replace(config, inputs=file.inputs.thresholds, exact=exact)
     if handoff is not None:
         return Model(file, config, make_decoder(file, handoff), streaming)
     return Model(file, config, guesses.decoder(file.spec) if guesses else None, streaming)

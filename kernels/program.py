@@ -140,7 +140,7 @@ FIELDS = {
     HEADS       q and k heads: norm where gain >= 0, rotate the first `rotary` dimensions; k and v into
                 the cache                                             (real: eps)
     ATTEND      y[t] = attention of every head                        (real: scale; cap: of the scores, or 0)
-    QUANTIZE    xq[t] = int8 of x[t]
+    QUANTIZE    xq[t] = int8 of x[t], zero in x[t] too where below a threshold (real: threshold, or 0)
     GATE        g[t] = act(g[t]) * u[t], or act(g[t]) where u < 0, or soft-capped; quantised too where
                 xq >= 0                                               (cap: of a soft cap, else 0)
     ROUTE       the experts of row t and their weights (routing.py); `choice`: room for what they are
@@ -169,7 +169,7 @@ Buffers hold one row per token at their stride. A row is padded with zeros to wh
 FIRST, LAST, ROWS, WANTED, AHEAD, WHOLE, FIRED, NEURONS, GATES, GATED = range(10)
 JOB_WORDS = 10
 """FIRST, LAST: operations; ROWS: tokens; WANTED: output rows; AHEAD: rows for which
-experts are predicted; WHOLE: positions below it keep activations under the threshold and
+experts are predicted; WHOLE: positions below it keep what is under a threshold and
 neurons that are predicted to be silent; FIRED, NEURONS: counted on, the neurons that were computed and those
 there were where single ones could be; GATES, GATED: of these the gates, where they are predicted."""
 

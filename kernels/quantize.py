@@ -7,6 +7,14 @@ from edgert.kernels.jit import kernel
 from edgert.kernels.reference import quantize as _twin
 
 
+@kernel(_twin.trim)
+def trim(x, x_at, count, least):
+    """x[x_at : x_at + count] <- 0 where it is below `least` in magnitude; count: of 16."""
+    limit = simd.splat(least)
+    for i in range(x_at, x_at + count, 16):
+        simd.store_f32(x, i, simd.not_below(simd.load_f32(x, i), limit))
+
+
 @kernel(_twin.quantize)
 def quantize(x, x_at, groups, xq, xs, xn, at):
     """Quantise `groups` groups from x[x_at] into groups `at`.. of xq (int8), xs (scales), xn (sums).

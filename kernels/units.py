@@ -48,7 +48,7 @@ from edgert.kernels.program import (
     TAKE,
     WHOLE,
 )
-from edgert.kernels.quantize import quantize
+from edgert.kernels.quantize import quantize, trim
 from edgert.kernels.requests import DROPPED, STOOD_IN, SWAPPED
 from edgert.kernels.rmsnorm import rmsnorm
 from edgert.kernels.rope import rope_table, rotate
@@ -397,6 +397,8 @@ def run_unit(
     elif op == TAKE:
         _take(c, unit, w, f, xq, xs, xn)
     elif op == QUANTIZE:
+        if real > np.float32(0.0) and rows[POSITION, unit] >= job[WHOLE]:
+            trim(f, c[3] + unit * c[4], c[5] * 32, real)
         quantize(f, c[3] + unit * c[4], c[5], xq, xs, xn, c[6] + unit * c[5])
     elif op == ROPE_TABLE:
         rope_table(rows[POSITION, unit], w, c[3], c[4], real, f, c[5] + unit * c[4] * 2)

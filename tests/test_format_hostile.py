@@ -146,6 +146,16 @@ def firing(**values: object) -> Damage:
     return metadata("sparsity", json.dumps(sound | values))
 
 
+def inputs(**values: object) -> Damage:
+    """Thresholds for inputs, in a model of as many layers as SPEC."""
+    sound: dict[str, object] = {
+        "share": 0.4,
+        "thresholds": [[0.1, 0, 0.2, 1]] * SPEC.layers,
+        "zeros": [[0.5] * 4] * SPEC.layers,
+    }
+    return metadata("inputs", json.dumps(sound | values))
+
+
 def worth(**values: object) -> Damage:
     """What predictors are worth, in a model of as many layers as PREDICTED."""
     return metadata("predictors", json.dumps(WORTH | values))
@@ -305,6 +315,13 @@ CASES: list[tuple[Rule, str, Damage]] = [
     (Rule.SPARSITY, "negative-threshold", firing(thresholds=[-0.1] * SPEC.layers)),
     (Rule.SPARSITY, "more-zeros-than-all", firing(zeros=[1.5] * SPEC.layers)),
     (Rule.SPARSITY, "a-quantile-short", firing(firing=[[0, 0.1, 0.2, 1]] * SPEC.layers)),
+    (Rule.INPUTS, "stranger", inputs(more=1)),
+    (Rule.INPUTS, "all-zeros", inputs(share=1)),
+    (Rule.INPUTS, "share-is-true", inputs(share=True)),
+    (Rule.INPUTS, "a-layer-short", inputs(thresholds=[[0.1] * 4] * (SPEC.layers - 1))),
+    (Rule.INPUTS, "a-place-short", inputs(thresholds=[[0.1] * 3] * SPEC.layers)),
+    (Rule.INPUTS, "negative-threshold", inputs(thresholds=[[-0.1] * 4] * SPEC.layers)),
+    (Rule.INPUTS, "more-zeros-than-all", inputs(zeros=[[1.5] * 4] * SPEC.layers)),
     (Rule.PREDICTORS, "of-none", metadata("predictors", json.dumps(WORTH))),
     (Rule.SPEC, "of-no-neurons", spec(predictors=[32, 0])),
     (Rule.SPEC, "ranks-are-a-number", spec(predictors=32)),

@@ -9,8 +9,8 @@ zero: how often a neuron fires follows the family's target (FIRING). With --pred
 planted to expect so many times the neurons that fire, and those among them: only the time is that of
 a real one, of which `edgert inspect` says how many it expects. `model`: a Hugging Face model with ReLU,
 converted both ways; greedy generation must give the same tokens. Rounds are interleaved; medians are shown.
-`quality`: perplexity with ever more activations taken for zero, and what verification makes of it: the same
-greedy tokens as without, and how many are kept of a guess.
+`quality`: perplexity with ever more activations (CATS) or inputs (TEAL) taken for zero, and what verification
+makes of it: the same greedy tokens as without, and how many are kept of a guess.
 """
 
 from __future__ import annotations
@@ -228,11 +228,12 @@ def quality(args: argparse.Namespace) -> dict:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "m.ert"
-        for share in [0.0, *args.shares]:
-            sparsity = share or "none"
+        ways = [("cats", share) for share in args.shares] + [("teal", share) for share in args.shares]
+        for way, share in [("whole", 0.0), *ways]:
+            sparsity = {"whole": "none", "cats": share, "teal": f"teal:{share}"}[way]
             edgert.convert(args.folder, path, args.quant, sparsity=sparsity, calibrate=args.calibrate)
             with edgert.load(path, threads=args.threads) as model:
-                row = {"zeros": share, "perplexity": evaluate(model, documents).perplexity}
+                row = {"way": way, "zeros": share, "perplexity": evaluate(model, documents).perplexity}
             if share:
                 row |= corrected(path, prompts, args.threads)
             rows.append(row)

@@ -5,6 +5,7 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgert import converters
 from edgert.calibration.firing import Firings
+from edgert.calibration.inputs import teal_share, write_with_inputs
 from edgert.calibration.sensitivity import Sensitivity
 from edgert.calibration.statistics import ExpertUses, Floats, Grams
 from edgert.calibration.text import DEFAULT_TOKENS, Text, read_text
@@ -59,6 +61,30 @@ def convert(
     model; the report says what it would be. Raises what `converters.convert` raises, and UsageError for
     the text.
     """
+    share = teal_share(sparsity)
+    if share is not None:
+        if calibrate is None:
+            raise OptionError(
+                f"sparsity is {sparsity}, which needs a text to find its thresholds; give calibrate"
+            )
+        with _beside(Path(out), "whole") as whole:
+            report = convert(
+                source,
+                whole,
+                quant,
+                progress,
+                exits=exits,
+                predictor=predictor,
+                sparsity="none",
+                calibrate=calibrate,
+                bits=bits,
+                embedding=embedding,
+                dry_run=dry_run,
+            )
+            if not dry_run:
+                write_with_inputs(whole, Path(out), Path(calibrate), share)
+                report = replace(report, file_bytes=Path(out).stat().st_size)
+        return replace(report, path=Path(out))
     if bits is not None and quant is not None:
         raise OptionError(f"quant is {quant} and bits {bits}; both say how matrices are stored, give one")
     if bits is not None and predictor is not None:
@@ -175,13 +201,20 @@ def _reference(
     source: Path, out: Path, exits: str | os.PathLike[str] | None, quant: Quant | None = None
 ) -> Iterator[ErtFile]:
     """The model near enough to the source's precision to be observed, in a temporary file beside `out`."""
-    temporary = out.with_name(f".{out.name[:40]}.{secrets.token_hex(4)}.reference")
-    try:
+    with _beside(out, "reference") as temporary:
         converters.convert(
             source, temporary, quant or ("q8" if source.is_dir() else None), exits=exits, sparsity="none"
         )
         with ErtFile.open(temporary) as file:
             yield file
+
+
+@contextmanager
+def _beside(out: Path, kind: str) -> Iterator[Path]:
+    """A name for a temporary file beside `out`, which is gone afterwards."""
+    temporary = out.with_name(f".{out.name[:40]}.{secrets.token_hex(4)}.{kind}")
+    try:
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 

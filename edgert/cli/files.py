@@ -20,6 +20,7 @@ from edgert.converters.neurons import SPARSITIES, Sparsity
 from edgert.errors import ConversionError, UsageError
 from edgert.format import ErtFile
 from edgert.format.exits import EXITS_KEY
+from edgert.format.inputs import INPUTS_KEY, InputThresholds
 from edgert.format.predictors import PREDICTORS_KEY, Predictors
 from edgert.format.sparsity import SPARSITY_KEY, SparsityCalibration
 from edgert.format.verify import check
@@ -31,16 +32,15 @@ class SparsityType(click.ParamType[Sparsity]):
 
     name = "sparsity"
 
-    def convert(
-        self, value: Sparsity | str, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Sparsity:
+    def convert(self, value: Sparsity, param: click.Parameter | None, ctx: click.Context | None) -> Sparsity:
         """The value of the option."""
-        if value in SPARSITIES:
+        if value in SPARSITIES or str(value).startswith("teal:"):
             return value
         try:
             return float(value)
         except ValueError:
-            self.fail(f"{value!r}; expected one of {', '.join(SPARSITIES)}, or a share of zeros like 0.4")
+            words = ", ".join(SPARSITIES)
+            self.fail(f"{value!r}; expected one of {words}, or a share of zeros like 0.4 or teal:0.4")
 
 
 @click.command("convert")
@@ -102,11 +102,11 @@ class SparsityType(click.ParamType[Sparsity]):
     type=SparsityType(),
     default="auto",
     show_default=True,
-    metavar="auto|exact|none|SHARE",
+    metavar="auto|exact|none|SHARE|teal:SHARE",
     help="Store the feed-forward neuron by neuron, so that those that do not fire are not read: where many "
     "activations are exactly zero (ReLU, 512 wide or more), or an error where that cannot be, or never. A "
-    "SHARE like 0.4 takes so many of the smallest activations for zero: not exact, needs --calibrate, and "
-    "says what it costs.",
+    "SHARE like 0.4 takes so many of the smallest activations for zero, teal:SHARE inputs of all products "
+    "so that such a share of the weights meets zeros: not exact, needs --calibrate, and says what it costs.",
 )
 @click.option(
     "--verify",
@@ -193,7 +193,7 @@ def convert_command(
                 source, layer, outputs[0], outputs[1], quant, progress, exits=exits, sparsity=sparsity
             )
     cost = None
-    approximate = isinstance(sparsity, float) or predictor is not None
+    approximate = sparsity not in SPARSITIES or predictor is not None
     if approximate and layer is None and calibrate is not None and not dry_run:
         cost = sparsity_cost(Path(output), calibrate)
     verified = verify_conversion(Path(source), reports[0]) if verify else None
@@ -220,7 +220,7 @@ def convert_command(
     if cost is not None and isinstance(sparsity, float):
         print(f"{sparsity:.0%} of the activations taken for zero: {cost}")
     elif cost is not None:
-        print(f"with what the predictors miss: {cost}")
+        print(f"with {'what the predictors miss' if predictor else sparsity}: {cost}")
 
 
 def _report_json(report: ConversionReport) -> dict[str, Any]:
@@ -286,6 +286,14 @@ def _print_predictors(predictors: Predictors, ranks: tuple[int, ...]) -> None:
         print(f"    layer {layer:<3} " + (f"rank {rank}, {said}" if rank else "none: it would not pay"))
 
 
+def _print_inputs(inputs: InputThresholds) -> None:
+    print(
+        f"  inputs taken for zero, {inputs.share:.0%} wanted of what weights meet; q k v, o, gate up, down:"
+    )
+    for layer, zeros in enumerate(inputs.zeros):
+        print(f"    layer {layer:<3} " + " ".join(f"{share:6.1%}" for share in zeros))
+
+
 @click.command("inspect")
 @click.argument("file", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -294,20 +302,21 @@ def inspect_command(file: Path, as_json: bool) -> None:
     with ErtFile.open(file) as opened:
         spec, metadata, size = opened.spec.to_json(), opened.metadata, opened.size
         tensors, exits, sparsity = list(opened.tensors.values()), opened.exits, opened.sparsity
-        predictors, ranks = opened.predictors, opened.spec.predictors
+        predictors, ranks, inputs = opened.predictors, opened.spec.predictors, opened.inputs
     if as_json:
         rows = [dataclasses.asdict(t) for t in tensors]
         heads = {layer: calibration.to_json() for layer, calibration in exits.items()}
         found = {"size_bytes": size, "spec": spec, "metadata": metadata, "exits": heads, "tensors": rows}
         found["sparsity"] = sparsity and sparsity.to_json()
         found["predictors"] = predictors and predictors.to_json()
+        found["inputs"] = inputs and inputs.to_json()
         print(json.dumps(found))
         return
     print(f"{file}: {size_text(size)}, {len(tensors)} tensors")
     for name, value in spec.items():
         print(f"  {name:<16} {value}")
     for name, text in metadata.items():
-        if name in (EXITS_KEY, SPARSITY_KEY, PREDICTORS_KEY):
+        if name in (EXITS_KEY, SPARSITY_KEY, PREDICTORS_KEY, INPUTS_KEY):
             continue  # shown below, for people
         line = " ".join(text.split())
         print(f"  {name:<16} {line if len(line) <= 70 else line[:67] + '...'}")
@@ -317,6 +326,8 @@ def inspect_command(file: Path, as_json: bool) -> None:
         _print_sparsity(sparsity)
     if predictors is not None:
         _print_predictors(predictors, ranks)
+    if inputs is not None:
+        _print_inputs(inputs)
     for t in tensors:
         shape = " x ".join(map(str, t.shape))
         print(f"  {t.name:<28} {shape:<16} {t.quant:<4} {size_text(t.nbytes):>12}")

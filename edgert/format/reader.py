@@ -13,6 +13,7 @@ from edgert.config import ModelSpec
 from edgert.errors import ModelFileError
 from edgert.format.exits import ExitCalibration
 from edgert.format.foreign import open_regular, reject_foreign
+from edgert.format.inputs import InputThresholds
 from edgert.format.outliers import check_outliers
 from edgert.format.predictors import Predictors
 from edgert.format.sparsity import SparsityCalibration
@@ -28,8 +29,8 @@ class ErtFile:
     """
 
     __slots__ = (
-        *("_mapping", "data", "exits", "metadata", "path", "predictors", "size", "sparsity", "spec"),
-        "tensors",
+        *("_mapping", "data", "exits", "inputs", "metadata", "path", "predictors", "size", "sparsity"),
+        *("spec", "tensors"),
     )
 
     def __init__(self, path: Path, mapping: mmap.mmap, contents: Contents) -> None:
@@ -42,6 +43,7 @@ class ErtFile:
         self.metadata: dict[str, str] = contents.metadata  # chat_template, source, converter, ...
         self.exits: dict[int, ExitCalibration] = contents.exits  # by the layers before each
         self.sparsity: SparsityCalibration | None = contents.sparsity
+        self.inputs: InputThresholds | None = contents.inputs
         self.predictors: Predictors | None = contents.predictors
 
     @classmethod

@@ -43,6 +43,7 @@ class Rule(Enum):
     SPARSITY = "F32 sparsity"
     PREDICTORS = "F33 predictors"
     OUTLIERS = "F34 outlier columns"
+    INPUTS = "F35 inputs"
 
 
 def broken(rule: Rule, found: str, expected: str) -> FormatError:

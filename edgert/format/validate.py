@@ -1,4 +1,4 @@
-"""From untrusted bytes to tensors that can be used without a further check (F09 to F33).
+"""From untrusted bytes to tensors that can be used without a further check (F09 to F34).
 
 Everything is checked before anything is returned: past this point an offset is inside the
 file, a length fits its shape and quantisation, and every tensor the spec calls for is there.
@@ -15,6 +15,7 @@ from edgert.errors import VersionError
 from edgert.format.exits import EXITS_KEY, ExitCalibration, read_exits
 from edgert.format.foreign import plain_safetensors
 from edgert.format.header import FORMAT, FORMAT_VERSION, RESERVED_KEYS, Blob, parse_object, read_header
+from edgert.format.inputs import INPUTS_KEY, InputThresholds, read_inputs
 from edgert.format.layout import LAYOUT_OF, PAGE, allowed_quants, page_padded, stored_bytes
 from edgert.format.predictors import PREDICTORS_KEY, Predictors, read_predictors
 from edgert.format.rules import Rule, broken, shown
@@ -36,6 +37,7 @@ class Contents:
     exits: dict[int, ExitCalibration]  # by the layers before each
     sparsity: SparsityCalibration | None
     predictors: Predictors | None
+    inputs: InputThresholds | None
 
 
 def read_contents(blob: Blob, path: Path) -> Contents:
@@ -60,7 +62,8 @@ def read_contents(blob: Blob, path: Path) -> Contents:
     exits = read_exits(metadata.get(EXITS_KEY), spec.exits)
     sparsity = read_sparsity(metadata.get(SPARSITY_KEY), spec.layers)
     predictors = read_predictors(metadata.get(PREDICTORS_KEY), spec.predictors)
-    return Contents(spec, tensors, others, exits, sparsity, predictors)
+    inputs = read_inputs(metadata.get(INPUTS_KEY), spec)
+    return Contents(spec, tensors, others, exits, sparsity, predictors, inputs)
 
 
 def _metadata(values: object, path: Path) -> dict[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.config import ACTIVATIONS, LOCAL_ROPE, NO_ROPE, EngineConfig
+from edgert.config import ACTIVATIONS, LOCAL_ROPE, NO_ROPE, OUT, EngineConfig
 from edgert.format.tensors import POSITIONS, rope_name
 from edgert.kernels import program
 from edgert.kernels.attention import MOST_HEADS
@@ -75,6 +75,7 @@ class Builder:
         self.queries = layout.groups  # per thread: the heads of a call, rotated and quantised
         layout.groups += config.threads * MOST_HEADS * (padded(spec.head_dim) // 32)
         layout.groups += SPAN  # rows of up take the scales of x by spans, past the end of the last row
+        self.trims: dict[tuple[int, int], int] = {}  # the operations that make small inputs zero
         self._code: list[NDArray[np.int64]] = []
         self._reals: list[tuple[float, float]] = []
 
@@ -118,9 +119,12 @@ class Builder:
                 table=table,
             )
 
-    def norm(self, gain: str) -> Rows:
-        """normed = norm of hidden, RMSNorm or LayerNorm."""
-        return self._norm(gain, self.hidden, self.normed, program.TOKENS)
+    def norm(self, gain: str, place: tuple[int, int] | None = None) -> Rows:
+        """normed = norm of hidden, RMSNorm or LayerNorm; place: the layer and whose input (see config.py)."""
+        if place is None or not self.config.inputs:
+            return self._norm(gain, self.hidden, self.normed, program.TOKENS)
+        self._norm(gain, self.hidden, replace(self.normed, quantized=-1), program.TOKENS)
+        return self.quantize(self.normed, place)
 
     def second_norm(self, gain: str) -> Rows:
         """branch = norm of hidden, beside what `norm` gave."""
@@ -335,15 +339,35 @@ class Builder:
             slopes=self.weights.vector("alibi_slopes"),
             sinks=self.weights.vector(f"layers.{layer}.sinks"),
         )
-        return self.quantize(self.mixed)
+        return self.quantize(self.mixed, (layer, OUT))
 
-    def quantize(self, x: Rows, *, last: bool = True) -> Rows:
-        """The quantised rows of x; `last` of those that may run side by side."""
-        self.add(program.QUANTIZE, barrier=last, x=x.at, x_stride=x.stride, groups=x.groups, xq=x.quantized)
+    def quantize(self, x: Rows, place: tuple[int, int] | None = None, *, last: bool = True) -> Rows:
+        """The quantised rows of x; of an input that has a threshold, what is below it is zero in x too.
+
+        place: see `norm`. last: of those that may run side by side.
+        """
+        least = 0.0
+        if place is not None and self.config.inputs:
+            self.trims[place] = self.position
+            least = self.config.inputs[place[0]][place[1]]
+        self.add(
+            program.QUANTIZE,
+            barrier=last,
+            real=least,
+            x=x.at,
+            x_stride=x.stride,
+            groups=x.groups,
+            xq=x.quantized,
+        )
         return x
 
-    def gated(self, down: str, gate: Rows, up: Rows | None = None) -> Rows:
+    def gated(
+        self, down: str, gate: Rows, up: Rows | None = None, place: tuple[int, int] | None = None
+    ) -> Rows:
         """gate = act(gate) * up, or act(gate), quantised where the matrix `down` that follows wants it so."""
+        if place is not None and self.config.inputs:
+            self._activate(replace(gate, quantized=-1), up)
+            return self.quantize(gate, place)
         wants = self.weights.matrix(down).quant >= Q8
         self._activate(gate if wants else replace(gate, quantized=-1), up)
         return gate

@@ -64,6 +64,7 @@ class Forward:
             self._heads[layer] = start, builder.position
         code, reals = builder.table_of_operations()
         self.code = code  # [operations, COLUMNS] what the program is, for tools
+        self.trims, self._reals = builder.trims, reals
         self._hidden, self._chosen, self._logits = builder.hidden, builder.chosen, builder.logits
         self.state = state = RunState(builder.layout, config)
         self.waits = Waits()
@@ -170,6 +171,11 @@ class Forward:
     def chosen(self, count: int) -> NDArray[np.float32]:
         """The normed rows [count, D] that the logits of the last call were made of: a view."""
         return self._rows(self._chosen, count)[:, : self.spec.width]
+
+    def set_inputs(self, layer: int, thresholds: Sequence[float]) -> None:
+        """Other thresholds for the inputs of a layer, in the order of config.py, where there were some."""
+        for which, least in enumerate(thresholds):
+            self._reals[self.trims[layer, which], 0] = least
 
     @property
     def fired(self) -> tuple[int, int]:

@@ -6,6 +6,7 @@ They differ in what the ModelSpec and the tensors say (biases, norms of q and k,
 gate, positions in the embedding), not in the order of computation.
 """
 
+from edgert.config import DOWN, QKV, UP
 from edgert.model import latent, neurons
 from edgert.model.builder import Builder
 from edgert.state import Rows
@@ -26,7 +27,7 @@ def layer(b: Builder, index: int) -> None:
 def attention(b: Builder, index: int) -> None:
     """hidden += attention(norm(hidden))."""
     name = f"layers.{index}"
-    x = b.norm(f"{name}.attention_norm")
+    x = b.norm(f"{name}.attention_norm", (index, QKV))
     b.linear(f"{name}.o", b.take_outliers(f"{name}.o", heads(b, index, x)), b.hidden, add=True)
 
 
@@ -49,7 +50,7 @@ def heads(b: Builder, index: int, x: Rows) -> Rows:
 def feed_forward(b: Builder, index: int) -> None:
     """hidden += ffn(norm(hidden))."""
     name = f"layers.{index}"
-    x = b.norm(f"{name}.ffn_norm")
+    x = b.norm(f"{name}.ffn_norm", (index, UP))
     if b.spec.neurons:
         neurons.feed_forward(b, index, x)
         return
@@ -63,7 +64,7 @@ def activations(b: Builder, index: int, x: Rows) -> Rows:
     name = f"layers.{index}"
     if b.spec.plain_ffn:
         b.linear(f"{name}.up", x, b.gate)
-        return b.gated(f"{name}.down", b.gate)
+        return b.gated(f"{name}.down", b.gate, place=(index, DOWN))
     b.linear(f"{name}.gate", x, b.gate, last=False)
     b.linear(f"{name}.up", x, b.up)
-    return b.gated(f"{name}.down", b.gate, b.up)
+    return b.gated(f"{name}.down", b.gate, b.up, (index, DOWN))

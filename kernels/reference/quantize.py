@@ -5,6 +5,12 @@ import numpy as np
 from edgert.kernels.reference.arithmetic import nearest
 
 
+def trim(x, x_at, count, least):
+    """See kernels/quantize.py."""
+    part = x[x_at : x_at + count]
+    part[:] = np.where(np.abs(part) >= np.float32(least), part, np.float32(0))
+
+
 def quantize(x, x_at, groups, xq, xs, xn, at):
     """See kernels/quantize.py."""
     values = x[x_at : x_at + groups * 32].reshape(groups, 32)
