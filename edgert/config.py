@@ -27,6 +27,8 @@ GLOBAL_ROPE, LOCAL_ROPE, NO_ROPE = range(3)
 
 QKV, OUT, UP, DOWN = range(4)
 """Places where a layer's products meet their inputs: q, k and v; o; gate and up; down."""
+LEFT_OUT = 1e30
+"""As the threshold of down's inputs: all of them are zero, so that the feed-forward need not be computed."""
 MOST_RANK = 1 << 14
 """Of a predictor: far more than one that is worth its reading has."""
 

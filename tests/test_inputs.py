@@ -2,6 +2,8 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 import edgert
 from edgert.calibration.inputs import find_inputs
-from edgert.config import DOWN, OUT, QKV, UP, EngineConfig, ModelSpec
+from edgert.calibration.skipping import cosines, find_skips
+from edgert.config import DOWN, LEFT_OUT, OUT, QKV, UP, EngineConfig, ModelSpec
 from edgert.errors import OptionError, UsageError
 from edgert.format import ErtFile
 from edgert.kernels import program, quantize
@@ -196,3 +199,70 @@ def test_what_cannot_have_thresholds_is_refused(teal: Path, tmp_path: Path) -> N
             calibrate=tmp_path / "short.jsonl",
         )
     assert not (tmp_path / "m.ert").exists()
+
+
+# ---- feed-forwards that are left out ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["q8", "f32"])
+def test_a_feed_forward_that_is_left_out_is_as_if_its_matrix_were_zero(quant: str) -> None:
+    weights = inputs.tiny_weights(SPEC, lambda tensor: quant)
+    data, tensor = weights.data.copy(), weights.tensors["layers.1.down"]
+    data[tensor.offset : tensor.offset + tensor.nbytes] = 0
+    data.flags.writeable = False
+    tokens = [int(t) for t in inputs.whole("tokens", 0, SPEC.vocab - 1, 24)]
+    with closing(Forward(type(weights)(SPEC, data, weights.tensors), EngineConfig(1, 80, 32))) as model:
+        expected = model.run(tokens, outputs=range(24)).copy()
+    left_out = ((0.0,) * 4, (0.0, 0.0, 0.0, LEFT_OUT))
+    for rows in (1, 7, 24):
+        inputs.same(logits(quant, left_out, rows), expected)
+    # Chunks with rows that are computed whole, and without, give the same.
+    inputs.same(logits(quant, left_out, 7, whole=10), logits(quant, left_out, 1, whole=10))
+    inputs.same(logits(quant, left_out, 1, whole=1 << 40), logits(quant, (), 1))
+
+
+def test_what_is_left_out_is_not_computed() -> None:
+    weights = inputs.tiny_weights(SPEC, lambda tensor: "q8")
+    left_out = ((0.0,) * 4, (0.0, 0.0, 0.0, LEFT_OUT))
+    with closing(Forward(weights, EngineConfig(1, 80, 32, inputs=left_out))) as model:
+        model.whole = 2
+        counts = [0, 0]
+        for layer, (start, _) in model.feed_forwards.items():
+            model.watch[start + 1] = partial(_count, counts, layer)
+        for token in (3, 1, 4, 1, 5):
+            model.run([token])
+    assert counts == [5, 2]
+
+
+def _count(counts: list[int], layer: int, rows: int) -> None:
+    counts[layer] += rows
+
+
+def nearly_still(layer: int) -> Any:
+    """A model whose feed-forward of this layer adds next to nothing."""
+    spec = replace(SPEC, layers=4)
+    weights = inputs.tiny_weights(spec, lambda tensor: "f32")
+    data, tensor = weights.data.copy(), weights.tensors[f"layers.{layer}.down"]
+    view = data[tensor.offset : tensor.offset + tensor.nbytes].view(np.float32)
+    view *= np.float32(1e-3)
+    data.flags.writeable = False
+    return type(weights)(spec, data, weights.tensors)
+
+
+WINDOWS = [[int(t) for t in inputs.whole(("w", i), 0, SPEC.vocab - 1, 24)] for i in range(2)]
+
+
+def test_the_feed_forward_that_changes_least_is_left_out() -> None:
+    weights = nearly_still(2)
+    found = cosines(weights, EngineConfig(1, 80, 32), WINDOWS)
+    assert found[2] > 0.999 and max(found[[0, 1, 3]]) < 0.98
+    levels = find_skips(weights, EngineConfig(1, 80, 32), WINDOWS, 0.9)
+    assert [row[DOWN] for row in levels.thresholds] == [0, 0, LEFT_OUT, 0]
+    assert [sum(row) for row in levels.zeros] == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_model_in_which_nothing_saturates_is_refused(layer: int) -> None:
+    """Not even where the first or the last layer does: those remain."""
+    with pytest.raises(OptionError, match="hardly changes its rows"):
+        find_skips(nearly_still(layer), EngineConfig(1, 80, 32), WINDOWS, 0.5)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgert import converters
 from edgert.calibration.firing import Firings
-from edgert.calibration.inputs import teal_share, write_with_inputs
+from edgert.calibration.inputs import wanted, write_with_inputs
 from edgert.calibration.sensitivity import Sensitivity
 from edgert.calibration.statistics import ExpertUses, Floats, Grams
 from edgert.calibration.text import DEFAULT_TOKENS, Text, read_text
@@ -61,8 +61,8 @@ def convert(
     model; the report says what it would be. Raises what `converters.convert` raises, and UsageError for
     the text.
     """
-    share = teal_share(sparsity)
-    if share is not None:
+    inputs = wanted(sparsity)
+    if inputs is not None:
         if calibrate is None:
             raise OptionError(
                 f"sparsity is {sparsity}, which needs a text to find its thresholds; give calibrate"
@@ -82,7 +82,7 @@ def convert(
                 dry_run=dry_run,
             )
             if not dry_run:
-                write_with_inputs(whole, Path(out), Path(calibrate), share)
+                write_with_inputs(whole, Path(out), Path(calibrate), *inputs)
                 report = replace(report, file_bytes=Path(out).stat().st_size)
         return replace(report, path=Path(out))
     if bits is not None and quant is not None:

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.calibration.skipping import find_skips
 from edgert.calibration.text import read_text
 from edgert.config import EngineConfig, ModelSpec
 from edgert.errors import ConversionError, OptionError, UsageError
@@ -35,25 +36,33 @@ STEP: Final = 0.05
 Floats = NDArray[np.float32]
 
 
-def teal_share(sparsity: object) -> float | None:
-    """The share in "teal:0.4"; None for another sparsity. OptionError unless it is above 0 and up to 0.9."""
-    if not isinstance(sparsity, str) or not sparsity.startswith("teal:"):
+WAYS: Final = ("teal", "skip")
+"""What a share can be of: weights that meet zeros, or feed-forwards that are left out (skipping.py)."""
+
+
+def wanted(sparsity: object) -> tuple[str, float] | None:
+    """The way and the share in "teal:0.4"; None for another sparsity.
+
+    OptionError unless the share is above 0 and up to 0.9.
+    """
+    way, colon, number = sparsity.partition(":") if isinstance(sparsity, str) else ("", "", "")
+    if way not in WAYS or not colon:
         return None
     try:
-        share = float(sparsity.removeprefix("teal:"))
+        share = float(number)
     except ValueError:
         share = 0.0
     if not 0 < share <= 0.9:
-        raise OptionError(f"sparsity is {sparsity!r}; expected a share above 0 and up to 0.9, like teal:0.4")
-    return share
+        raise OptionError(f"sparsity is {sparsity!r}; expected a share above 0 and up to 0.9, like {way}:0.4")
+    return way, share
 
 
-def write_with_inputs(converted: Path, out: Path, text: Path, share: float) -> None:
-    """Find the thresholds for a share of zeros in a converted file, and write it with them to `out`."""
+def write_with_inputs(converted: Path, out: Path, text: Path, way: str, share: float) -> None:
+    """Find the thresholds for a share in a converted file, and write it with them to `out`."""
     with ErtFile.open(converted) as file:
         if not can_have_inputs(file.spec):
             raise OptionError(
-                f"sparsity is teal:{share} for {file.spec.architecture}; expected a model without experts, "
+                f"sparsity is {way}:{share} for {file.spec.architecture}; expected a model without experts, "
                 "with norms before attention and feed-forward"
             )
         json_bytes = file.tokenizer_json()
@@ -66,7 +75,8 @@ def write_with_inputs(converted: Path, out: Path, text: Path, share: float) -> N
         windows = read_text(text, Tokenizer(json_bytes), config.context, TOKENS).windows
         if max(map(len, windows)) <= WHOLE_AT_START:
             raise UsageError(f"{text}: found no document longer than {WHOLE_AT_START} tokens, expected some")
-        found = find_inputs(Weights.of_file(file), config, windows, share)
+        find = find_inputs if way == "teal" else find_skips
+        found = find(Weights.of_file(file), config, windows, share)
         rewrite(file, out, {INPUTS_KEY: json.dumps(found.to_json(), separators=(",", ":"))})
 
 

@@ -12,9 +12,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from edgert.calibration import convert, sparsity_cost
+from edgert.calibration.inputs import WAYS
 from edgert.calibration.verify import check_source, verify_conversion
 from edgert.cli.options import FILE, size_text, trust_text
-from edgert.config import QUANTS, Quant, QuantSpec
+from edgert.config import DOWN, LEFT_OUT, QUANTS, Quant, QuantSpec
 from edgert.converters import ConversionReport, split
 from edgert.converters.neurons import SPARSITIES, Sparsity
 from edgert.errors import ConversionError, UsageError
@@ -34,13 +35,15 @@ class SparsityType(click.ParamType[Sparsity]):
 
     def convert(self, value: Sparsity, param: click.Parameter | None, ctx: click.Context | None) -> Sparsity:
         """The value of the option."""
-        if value in SPARSITIES or str(value).startswith("teal:"):
+        if value in SPARSITIES or str(value).startswith(tuple(f"{way}:" for way in WAYS)):
             return value
         try:
             return float(value)
         except ValueError:
             words = ", ".join(SPARSITIES)
-            self.fail(f"{value!r}; expected one of {words}, or a share of zeros like 0.4 or teal:0.4")
+            self.fail(
+                f"{value!r}; expected one of {words}, or a share of zeros like 0.4, teal:0.4 or skip:0.2"
+            )
 
 
 @click.command("convert")
@@ -102,11 +105,12 @@ class SparsityType(click.ParamType[Sparsity]):
     type=SparsityType(),
     default="auto",
     show_default=True,
-    metavar="auto|exact|none|SHARE|teal:SHARE",
+    metavar="auto|exact|none|SHARE|teal:SHARE|skip:SHARE",
     help="Store the feed-forward neuron by neuron, so that those that do not fire are not read: where many "
     "activations are exactly zero (ReLU, 512 wide or more), or an error where that cannot be, or never. A "
     "SHARE like 0.4 takes so many of the smallest activations for zero, teal:SHARE inputs of all products "
-    "so that such a share of the weights meets zeros: not exact, needs --calibrate, and says what it costs.",
+    "so that such a share of the weights meets zeros, skip:SHARE leaves out so many of the feed-forwards, if "
+    "they change that little: not exact, needs --calibrate, and says what it costs.",
 )
 @click.option(
     "--verify",
@@ -291,7 +295,8 @@ def _print_inputs(inputs: InputThresholds) -> None:
         f"  inputs taken for zero, {inputs.share:.0%} wanted of what weights meet; q k v, o, gate up, down:"
     )
     for layer, zeros in enumerate(inputs.zeros):
-        print(f"    layer {layer:<3} " + " ".join(f"{share:6.1%}" for share in zeros))
+        out = ", feed-forward left out" if inputs.thresholds[layer][DOWN] >= LEFT_OUT else ""
+        print(f"    layer {layer:<3} " + " ".join(f"{share:6.1%}" for share in zeros) + out)
 
 
 @click.command("inspect")

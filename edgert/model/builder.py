@@ -75,6 +75,7 @@ class Builder:
         self.queries = layout.groups  # per thread: the heads of a call, rotated and quantised
         layout.groups += config.threads * MOST_HEADS * (padded(spec.head_dim) // 32)
         layout.groups += SPAN  # rows of up take the scales of x by spans, past the end of the last row
+        self.feed_forwards: dict[int, tuple[int, int]] = {}  # their operations, by layer
         self.trims: dict[tuple[int, int], int] = {}  # the operations that make small inputs zero
         self._code: list[NDArray[np.int64]] = []
         self._reals: list[tuple[float, float]] = []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.config import EngineConfig
+from edgert.config import DOWN, LEFT_OUT, EngineConfig
 from edgert.errors import OptionError, UsageError
 from edgert.experts import ExpertStore
 from edgert.flash import Store
@@ -65,6 +65,9 @@ class Forward:
         code, reals = builder.table_of_operations()
         self.code = code  # [operations, COLUMNS] what the program is, for tools
         self.trims, self._reals = builder.trims, reals
+        self.feed_forwards = builder.feed_forwards
+        left_out = [layer for layer, least in enumerate(config.inputs) if least[DOWN] >= LEFT_OUT]
+        self._left_out = [builder.feed_forwards[layer] for layer in left_out]
         self._hidden, self._chosen, self._logits = builder.hidden, builder.chosen, builder.logits
         self.state = state = RunState(builder.layout, config)
         self.waits = Waits()
@@ -225,6 +228,16 @@ class Forward:
             )
 
     def _execute(self, first: int, last: int) -> None:
+        # Where rows are computed whole too, thresholds make the others' inputs of down zero.
+        count = int(self._job[program.ROWS])
+        if self._left_out and self.state.rows[program.POSITION, :count].min() >= self.whole:
+            for start, end in self._left_out:
+                if first <= start and end <= last:
+                    self._execute_all(first, start)
+                    first = end
+        self._execute_all(first, last)
+
+    def _execute_all(self, first: int, last: int) -> None:
         store = self.store
         for watched in sorted(i for i in self.watch if first <= i < last):
             if watched > first:

@@ -49,14 +49,15 @@ def heads(b: Builder, index: int, x: Rows) -> Rows:
 
 def feed_forward(b: Builder, index: int) -> None:
     """hidden += ffn(norm(hidden))."""
-    name = f"layers.{index}"
+    name, start = f"layers.{index}", b.position
     x = b.norm(f"{name}.ffn_norm", (index, UP))
     if b.spec.neurons:
         neurons.feed_forward(b, index, x)
-        return
-    x = b.take_outliers(f"{name}.ffn", x)
-    h = b.take_outliers(f"{name}.down", activations(b, index, x))
-    b.linear(f"{name}.down", h, b.hidden, add=True)
+    else:
+        x = b.take_outliers(f"{name}.ffn", x)
+        h = b.take_outliers(f"{name}.down", activations(b, index, x))
+        b.linear(f"{name}.down", h, b.hidden, add=True)
+    b.feed_forwards[index] = start, b.position
 
 
 def activations(b: Builder, index: int, x: Rows) -> Rows:
