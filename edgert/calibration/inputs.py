@@ -62,8 +62,8 @@ def write_with_inputs(converted: Path, out: Path, text: Path, way: str, share: f
     with ErtFile.open(converted) as file:
         if not can_have_inputs(file.spec):
             raise OptionError(
-                f"sparsity is {way}:{share} for {file.spec.architecture}; expected a model without experts, "
-                "with norms before attention and feed-forward"
+                f"sparsity is {way}:{share} for {file.spec.architecture}; expected a model without experts "
+                "and latents, with norms before attention and feed-forward"
             )
         json_bytes = file.tokenizer_json()
         if json_bytes is None:

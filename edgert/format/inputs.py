@@ -26,8 +26,8 @@ class InputThresholds:
 
 
 def can_have_inputs(spec: ModelSpec) -> bool:
-    """Whether thresholds apply to the inputs of this model's products: without experts, norms in front."""
-    return spec.block == "pre" and not spec.experts and not spec.neurons
+    """Whether inputs of this model's products can have thresholds: no experts, no latents, norms in front."""
+    return spec.block == "pre" and not (spec.experts or spec.latent or spec.neurons)
 
 
 def read_inputs(text: str | None, spec: ModelSpec) -> InputThresholds | None:
