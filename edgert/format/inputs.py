@@ -26,12 +26,12 @@ class InputThresholds:
 
 
 def can_have_inputs(spec: ModelSpec) -> bool:
-    """Whether inputs of this model's products can have thresholds: no experts, no latents, norms in front."""
-    return spec.block == "pre" and not (spec.experts or spec.latent or spec.neurons)
+    """Whether the inputs of this model's products can have thresholds: a plain one, with norms in front."""
+    return spec.block == "pre" and not (spec.experts or spec.latent or spec.outliers or spec.neurons)
 
 
 def read_inputs(text: str | None, spec: ModelSpec) -> InputThresholds | None:
-    """From the metadata string; FormatError (F34) unless it fits the model."""
+    """From the metadata string; FormatError (F35) unless it fits the model."""
     if text is None:
         return None
     values = parse_object(text, "the thresholds of inputs")

@@ -1,4 +1,4 @@
-"""From untrusted bytes to tensors that can be used without a further check (F09 to F34).
+"""From untrusted bytes to tensors that can be used without a further check (F09 to F35).
 
 Everything is checked before anything is returned: past this point an offset is inside the
 file, a length fits its shape and quantisation, and every tensor the spec calls for is there.
