@@ -74,7 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stories", type=int, default=100)
     parser.add_argument("--timed", type=int, default=3, help="stories timed on each link")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
-    parser.add_argument("-n", type=int, default=96, help="tokens generated")
+    parser.add_argument("-n", type=int, default=64, help="tokens generated")
     parser.add_argument(
         "--at", type=float, default=0.99, help="agreement of the timed runs and the narrow wires"
     )
