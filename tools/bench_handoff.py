@@ -260,6 +260,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "edgert", "font.size": 9})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     rows = [row for row in results["agreement"] if row["wire"] == "f32"]
     shares = [100 * row["handed_over"] for row in rows]
@@ -278,7 +279,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     if links:
         right.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
 
 
 if __name__ == "__main__":
