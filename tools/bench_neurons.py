@@ -283,7 +283,7 @@ def parse_args() -> argparse.Namespace:
         sub.set_defaults(work=work, case=None)
         sub.add_argument("--tokens", type=int, default=64)
         sub.add_argument("--warm", type=int, default=48, help="tokens before the clock starts")
-        sub.add_argument("--seconds", type=float, default=8.0, help="most to warm up, and most to measure")
+        sub.add_argument("--seconds", type=float, default=7.0, help="most to warm up, and most to measure")
         sub.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
         sub.add_argument("--likeness", type=float, default=0.42)
         if work is everything:
