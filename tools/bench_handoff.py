@@ -7,8 +7,8 @@ WHOLE.ert has exits and was calibrated (`edgert calibrate`) on text that is not 
 last exit into a scratch folder; the cloud half runs in a process of its own. Prompts are the first tokens
 of the last stories of HELD_OUT. Agreement: of the tokens generated, those that the whole model would have
 chosen after the same text. Saved: of the layers computed, summed over tokens, and of the time of forwards,
-against a cloud that computes everything for one edge at a time. CE-CoLLM (arXiv:2411.02829) saves 84.55 %
-of the cloud's computation so, with 7B models.
+against a cloud that computes everything for one edge at a time. CE-CoLLM (arXiv:2411.02829) reports 84.55 %
+of the cloud's computation saved, with other models.
 
 The links are injected in real time: a relay passes bytes on late and no faster than the link
 (handoff/slow_link.py), so a few stories are timed on each, and the medians taken.
@@ -267,7 +267,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     left.plot(shares, [100 * row["agreed"] for row in rows], "o-", label="tokens as the whole model's")
     left.plot(shares, [100 * row["cloud_layers_saved"] for row in rows], "s--", label="cloud layers saved")
     left.plot(shares, [100 * row["cloud_time_saved"] for row in rows], "^:", label="cloud time saved")
-    left.axhline(100 * PUBLISHED, color="grey", lw=0.8, label="CE-CoLLM's saving, 7B models")
+    left.axhline(100 * PUBLISHED, color="grey", lw=0.8, label="CE-CoLLM's saving, other models")
     left.set(xlabel="tokens handed over, %", ylabel="%")
     left.legend()
     links = results.get("links", [])

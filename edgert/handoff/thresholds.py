@@ -1,7 +1,7 @@
 """How sure an exit has to be: for a wanted agreement, a wanted share of tokens handed over, a wanted time.
 
 All come from counts on text the exit was not trained on (`edgert train exits`, `edgert calibrate`). DeeR-VLA
-(Yue et al., 2024, arXiv:2411.02359, section 3.3) solves for budgets of computation, time and memory in the
+(Yue et al., 2024, arXiv:2411.02359) solves for budgets of computation, time and memory in the
 same way; here the time of a hand-over is that of the link and the cloud as they are now.
 """
 
