@@ -26,6 +26,7 @@ from edgert.planner import BASE_BYTES, buffer_bytes, cache_bytes, plan
 from edgert.state import Weights
 from tests import kernel_inputs as inputs
 from tests import test_kernel_neurons, tiny_models
+from tests.neuron_weights import one_by_one
 from tests.test_neurons import SPECS, both
 
 TWINS: bool = numba.config.DISABLE_JIT
@@ -162,6 +163,20 @@ def test_thresholds_apply_to_neurons_from_flash(file_of: Callable[[Weights], Pat
     with closing(Forward(held, config, store)) as ours, closing(Forward(weights, config)) as theirs:
         found = feed(ours, PIECES)
         inputs.same(found, feed(theirs, PIECES))
+    assert not np.array_equal(found, resident(weights))
+
+
+def test_predictors_go_with_neurons_from_flash(file_of: Callable[[Weights], Path]) -> None:
+    """Gates are in memory, those that are expected are computed, and what fires of them is read."""
+    dense, _ = both("small", "q4")
+    weights = one_by_one(dense, (32, 0), np.zeros(dense.spec.ffn_width))
+    config = EngineConfig(1, 80, 32, predict=True)
+    store = NeuronStore(weights.spec, weights.tensors, FileSource(file_of(weights)), 80, Streaming())
+    held = Weights(weights.spec, weights.data, weights.tensors, store.layers)
+    with closing(Forward(held, config, store)) as ours, closing(Forward(weights, config)) as theirs:
+        found = feed(ours, PIECES)
+        inputs.same(found, feed(theirs, PIECES))
+        assert 0 < ours.gated[0] < ours.gated[1]
     assert not np.array_equal(found, resident(weights))
 
 
