@@ -188,6 +188,7 @@ def test_predictors_are_in_the_file_and_apply_unless_they_are_refused(folder: Pa
     assert not np.allclose(found["auto"][WHOLE_AT_START:], found["none"][WHOLE_AT_START:], atol=1e-2)
 
 
+@pytest.mark.compiled
 def test_hottest_first_moves_scores_with_their_neurons(folder: Path, tmp_path: Path) -> None:
     edgert.convert(
         *(folder / "model", tmp_path / "m.ert", "q8"),
@@ -211,6 +212,7 @@ def test_verified_the_output_is_that_of_the_whole_model(folder: Path) -> None:
     assert told["draft"].stats["drafted"] > 0
 
 
+@pytest.mark.compiled
 def test_the_command_says_what_they_cost(folder: Path, tmp_path: Path, cli: Any) -> None:
     out = tmp_path / "m.ert"
     arguments = (folder / "model", "-o", out, "--quant", "q8", "--predictor", folder / "p.safetensors")
