@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[Keys, type[EdgertError], str]] = {
         "tokenizer.ggml.pre 'kimi-k2', expected one of",
     ),
     "no cut": (byte_level(pre=None), UnsupportedError, "tokenizer.ggml.pre '', expected one of"),
-    "a cut that is a number": (byte_level(pre=3), ConversionError, "found tokenizer.ggml.pre 3"),
+    "a cut that is a number": (byte_level(pre=3), ConversionError, "found 'tokenizer.ggml.pre' 3"),
     "no tokens": (byte_level(tokens=[]), ConversionError, "found no tokenizer.ggml.tokens"),
     "tokens that are numbers": (byte_level(tokens=np.zeros(4)), ConversionError, "tokenizer.ggml.tokens"),
     "a token twice": (
@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[Keys, type[EdgertError], str]] = {
     "a flag that is a number": (
         byte_level(add_bos_token=1),
         ConversionError,
-        "add_bos_token 1, expected true or false",
+        "add_bos_token' 1, expected true or false",
     ),
 }
 
