@@ -11,7 +11,7 @@ all gates, in the order of rows16, some at a time.
 import numpy as np
 
 from edgert.kernels import matmul, neuron_tiles, neurons
-from edgert.kernels.jit import inlined, jit, kernel
+from edgert.kernels.jit import jit, kernel
 from edgert.kernels.program import POSITION
 from edgert.kernels.reference import gate_rows as _twin
 
@@ -44,7 +44,7 @@ def silence(f, g, s, count):
 # ---- units of the operations of program.py; c: the operation's row ---------------------------
 
 
-@inlined
+@jit
 def run_predicted(c, rows, f, xq, routes, tokens, whole):
     """What the layer's gates need before their units are known; how many are wanted, or ALL.
 
@@ -72,7 +72,7 @@ def units_of_gate(c, routes):
     return max(2, ((c[6] if wanted == ALL else wanted) + neurons.BATCH - 1) // neurons.BATCH)
 
 
-@inlined
+@jit
 def run_gate(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view):
     """16 gates that are wanted, or 16 of all."""
     quant, w_at, groups, width, at, x, into = c[3], c[4], c[5], c[6], c[7], c[8], c[9]

@@ -217,6 +217,8 @@ def inlined(function: Callable[..., Any]) -> Any:
 
     LLVM optimises whatever a function calls once more with the function; a chain of callers that hold nearly
     all machine code, as that from the entry to a unit, would cost that as often as it is long.
+    But what a caller costs by itself grows faster than its size: the units of neurons, inlined as well, took
+    the entry from 19 to 34 s, and compiled apart they leave it 23.
     """
     if not JIT:
         return function

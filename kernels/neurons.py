@@ -244,7 +244,7 @@ def run_live(c, rows, f, xq, routes):
     return routes[at]
 
 
-@inlined
+@jit
 def run_read(c, rows, routes, table):
     """Ask for what the layer needs from flash, where it comes from there."""
     word, file_at, nbytes, cluster, bundle = c[3], c[4], c[5], c[6], c[7]
@@ -267,7 +267,7 @@ def units_of_up(c, rows, routes):
     return max(2, (routes[c[7]] + BATCH - 1) // BATCH)
 
 
-@inlined
+@jit
 def run_up(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view):
     """16 neurons that fire, or 16 of all; from flash, the next 16 that arrive, whichever those are."""
     quant, w_at, groups, at, x, into = c[3], c[4], c[5], c[7], c[8], c[9]
@@ -315,7 +315,7 @@ def units_of_down(c):
     return ((c[5] + 3) // 4 + c[7] - 1) // c[7]
 
 
-@inlined
+@jit
 def run_down(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view):
     """Some slices of the outputs."""
     quant, w_at, groups, inner, size, h = c[3], c[4], c[5], c[6], c[7], c[8]
