@@ -23,9 +23,9 @@ from edgert.config import KV_TYPES, QUANTS, KvType, Quant
 from edgert.converters.neurons import Sparsity
 from edgert.kernels import target
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import tiny_models
+from tests import tiny_models
 
 NAMES = ("llama_rope_llama3", "qwen3_mqa_odd_sizes", "mistral_window_yarn_factor")
 QUANTS_OF_ANY_WIDTH = tuple(quant for quant in QUANTS if quant != "q4m")
