@@ -11,7 +11,15 @@ from typing import Final
 
 import numpy as np
 
-from edgert.converters.quantize import Codes, Floats, check_weights, quantize, round_codes, search
+from edgert.converters.quantize import (
+    Codes,
+    Distortion,
+    Floats,
+    check_weights,
+    measured,
+    round_codes,
+    search,
+)
 from edgert.kernels.packing import GROUP
 
 COMPENSATED: Final = ("q4m", "q4", "q4s", "q3", "q2")
@@ -55,7 +63,7 @@ def compensated(weights: Floats, errors: Errors, quant: str, name: str = "matrix
     for start in range(0, columns, GROUP):
         end = min(start + GROUP, columns)
         block, answer = left[start:end], errors.answer[start:end]
-        scale, minimum = search(block, quant, errors.weight[start:end, None])
+        scale, minimum = search(block, quant, errors.weight[start:end])
         made = np.empty_like(block)
         for j, column in enumerate(block):
             code = round_codes(column, quant, scale, minimum)
@@ -71,8 +79,10 @@ def compensated(weights: Floats, errors: Errors, quant: str, name: str = "matrix
     return Codes(np.ascontiguousarray(codes.T), np.stack(scales, axis=1), least)
 
 
-def round_weights(weights: Floats, quant: str, errors: Errors | None, name: str) -> Codes:
-    """float32 [N, K] to whole numbers and scales, `compensated` where `errors` are known."""
+def round_weights(weights: Floats, quant: str, errors: Errors | None, name: str) -> tuple[Codes, Distortion]:
+    """float32 [N, K] to codes, `compensated` where `errors` are known, and what is lost."""
     if errors is None:
-        return quantize(weights, quant, name=name)
-    return compensated(weights, errors, quant, name)
+        return measured(weights, quant, name=name)
+    codes, lost = compensated(weights, errors, quant, name), Distortion()
+    lost.add(weights, codes.floats())
+    return codes, lost

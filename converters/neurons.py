@@ -154,6 +154,6 @@ def _codes(
     if isinstance(slab, Codes) and slab.fit(quant):
         return slab.values, slab.scales.astype(np.float16)
     weights = slab.floats() if isinstance(slab, Codes) else slab
-    codes = round_weights(weights, quant, errors, name)
-    distortion.add(weights, codes.floats())
+    codes, lost = round_weights(weights, quant, errors, name)
+    distortion.include(lost)
     return codes.values, codes.scales.astype(np.float16)

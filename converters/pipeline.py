@@ -1,11 +1,14 @@
 """The stream every source format shares: read a slab, quantise it, pack it, write it.
 
-No tensor is ever whole in memory, so the peak does not depend on the size of the model.
+No tensor is ever whole in memory, so the peak does not depend on the size of the model. While one slab is
+hashed and written and another read, those between are rounded by other threads.
 """
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
@@ -26,11 +29,17 @@ from edgert.format.layout import QUANTIZED
 from edgert.format.tensors import POSITIONS, TOKENIZER, matrices_in
 from edgert.format.uses import uses_metadata
 from edgert.kernels.packing import BLOCK, pack, pack_floats
+from edgert.planner import cores
 from edgert.resident import peak_rss_bytes
 
-# Weights of one slab, 4 MB as float32: about 30 MB with everything derived from it. Smaller slabs
-# spend their time on calls, larger ones leave the cache and gain nothing.
-SLAB_WEIGHTS: Final = 1 << 20
+# Weights of one slab, 2 MB as float32, of which as many as there are threads and two more are held. Smaller
+# slabs spend their time on calls, larger ones leave the cache and gain nothing.
+SLAB_WEIGHTS: Final = 1 << 19
+# More could not be kept busy: one thread reads, hashes and writes, some 300 million weights a second.
+MOST_THREADS: Final = 8
+# After a calibration every slab passes over all of a Gram matrix's factor: fewer and larger ones then, one at
+# a time.
+COMPENSATED_WEIGHTS: Final = 1 << 20
 
 
 class WeightSource(Protocol):
@@ -162,12 +171,12 @@ def write_model(
     if dry_run:
         tally.reports = [_report(tensor, source, 0.0) for tensor in stored]
     else:
-        with writer:
+        with writer, ThreadPoolExecutor(_threads()) as pool:
             rounding = _Rounding(meets)
             # Calibrated, the embedding comes last: as the output matrix it meets what leaves all layers.
             late = calibration is not None
             for tensor in sorted(stored, key=lambda t: late and t.name == "token_embedding"):
-                tally.reports.append(_write_tensor(writer, tensor, source, tally, rounding))
+                tally.reports.append(_write_tensor(writer, tensor, source, tally, rounding, pool))
             errors = {r.name: float(f"{r.relative_error:.4g}") for r in tally.reports if r.relative_error}
             said = {"errors": json.dumps(errors, separators=(",", ":"))}
             if calibration is not None and spec.neurons:
@@ -192,6 +201,7 @@ def _write_tensor(
     source: WeightSource,
     tally: _Tally,
     rounding: _Rounding,
+    pool: ThreadPoolExecutor,
 ) -> TensorReport:
     distortion = Distortion()
     if tensor.role == "neurons":
@@ -199,7 +209,7 @@ def _write_tensor(
     elif tensor.role == "rows":
         writer.write(tensor.name, single_rows(tensor, source, distortion, tally.add, rounding.errors))
     elif matrices_in(tensor):
-        writer.write(tensor.name, _records(tensor, source, distortion, tally, rounding))
+        writer.write(tensor.name, _records(tensor, source, distortion, tally, rounding, pool))
     else:
         values = source.vector(tensor.name)
         check_weights(values, "f32", tensor.name)
@@ -220,25 +230,61 @@ def _records(
     distortion: Distortion,
     tally: _Tally,
     rounding: _Rounding,
+    pool: ThreadPoolExecutor,
 ) -> Iterator[NDArray[np.uint8]]:
     """The packed bytes of a matrix, or of the three of an expert, whole blocks of rows at a time."""
     for name, _, columns in matrices_in(tensor):
-        slab_rows = max(1, SLAB_WEIGHTS // (columns * BLOCK)) * BLOCK
         errors = rounding.errors(name, tensor.quant)
-        for slab in source.rows(name, slab_rows):
-            near = slab.nearest(tensor.quant) if isinstance(slab, Codes) else None
-            if isinstance(slab, Codes) and slab.fit(tensor.quant):
-                packed = pack_codes(slab, tensor.quant)
-            elif isinstance(slab, Codes) and near is not None:
-                packed = pack_codes(near, tensor.quant)
-                distortion.add(slab.floats(), near.floats())
-            else:
-                weights = slab.floats() if isinstance(slab, Codes) else slab
-                packed, restored = encode(weights, tensor.quant, name, errors)
-                if restored is not None:
-                    distortion.add(weights, restored)
+        weights = SLAB_WEIGHTS if errors is None else COMPENSATED_WEIGHTS
+        slabs = source.rows(name, max(1, weights // (columns * BLOCK)) * BLOCK)
+        for packed, lost in _encoded(slabs, tensor.quant, name, errors, pool):
+            distortion.include(lost)
             yield packed
             tally.add(tensor.name, packed.nbytes)
+
+
+def _threads() -> int:
+    return min(cores(), MOST_THREADS)
+
+
+_Encoded = tuple[NDArray[np.uint8], Distortion]
+
+
+def _encoded(
+    slabs: Iterable[NDArray[np.float32] | Codes],
+    quant: str,
+    name: str,
+    errors: Errors | None,
+    pool: ThreadPoolExecutor,
+) -> Iterator[_Encoded]:
+    """Slabs as they are stored, in their order, and what each lost."""
+    if errors is not None:  # most of that is products of matrices, which take all threads by themselves
+        yield from (_encode(slab, quant, name, errors) for slab in slabs)
+        return
+    waiting: deque[Future[_Encoded]] = deque()
+    try:
+        for slab in slabs:
+            waiting.append(pool.submit(_encode, slab, quant, name, None))
+            if len(waiting) > _threads() + 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _encode(slab: NDArray[np.float32] | Codes, quant: str, name: str, errors: Errors | None) -> _Encoded:
+    if not isinstance(slab, Codes):
+        return encode(slab, quant, name, errors)
+    if slab.fit(quant):
+        return pack_codes(slab, quant), Distortion()
+    near = slab.nearest(quant)
+    if near is None:
+        return encode(slab.floats(), quant, name, errors)
+    lost = Distortion()
+    lost.add(slab.floats(), near.floats())
+    return pack_codes(near, quant), lost
 
 
 def pack_codes(codes: Codes, quant: str) -> NDArray[np.uint8]:
@@ -247,19 +293,19 @@ def pack_codes(codes: Codes, quant: str) -> NDArray[np.uint8]:
     return pack(quant, codes.values, codes.scales.astype(np.float16), minimums)
 
 
-def encode(
-    weights: NDArray[np.float32], quant: str, name: str, errors: Errors | None = None
-) -> tuple[NDArray[np.uint8], NDArray[np.float32] | None]:
-    """float32 [N, K] to record bytes (kernels/packing.py), and to what they decode to, float32 [N, K].
+def encode(weights: NDArray[np.float32], quant: str, name: str, errors: Errors | None = None) -> _Encoded:
+    """float32 [N, K] to record bytes (kernels/packing.py), and what they lose.
 
-    errors: what an error in a column does, for a quantisation in COMPENSATED. The second is None for f32,
-    which is exact. Raises ConversionError as `check_weights`.
+    errors: what an error in a column does, for a quantisation in COMPENSATED. Raises ConversionError as
+    `check_weights`.
     """
     if quant in CODE_RANGE:
-        codes = round_weights(weights, quant, errors, name)
-        return pack_codes(codes, quant), codes.floats()
+        codes, lost = round_weights(weights, quant, errors, name)
+        return pack_codes(codes, quant), lost
     check_weights(weights, quant, name)
-    if quant == "f16":
-        half = weights.astype(np.float16)
-        return pack_floats(half), half.astype(np.float32)
-    return pack_floats(weights), None
+    lost = Distortion()
+    if quant == "f32":
+        return pack_floats(weights), lost
+    half = weights.astype(np.float16)
+    lost.add(weights, half.astype(np.float32))
+    return pack_floats(half), lost

@@ -2,26 +2,21 @@
 
 A row is cut into groups of 32 columns; every group has one scale and a weight is about
 scale * integer, the integer in -127..127 (q8), -8..7 (q4, q4s), -4..3 (q3) or -2..1 (q2); in q4m it is
-scale * integer + minimum, the integer in 0..15. The scale is rounded to what is stored (float16, a byte for
-q4s, q3 and q2) before the integers are chosen, so that they make up for its rounding.
-
-q4 chooses the scale that minimises the squared error, where Q4_0 of GGUF takes the extreme / -8.
-For fixed integers q the best scale is <x,q>/<q,q>, which leaves an error of |x|^2 - <x,q>^2/<q,q>;
-so candidate scales need only be good enough to produce good integers. This is the search of
-llama.cpp's `make_qx_quants` (ggml-quants.c), here over all groups of a slab at once.
+scale * integer + minimum, the integer in 0..15. q4 chooses the scale that minimises the squared error, where
+Q4_0 of GGUF takes the extreme / -8. The searches are kernels (kernels/rounding.py); among which candidates,
+is said here.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgert.errors import ConversionError
-from edgert.kernels.packing import GROUP, LARGEST_BYTE_SCALE, byte_scales
-from edgert.planner import cores
+from edgert.kernels import rounding
+from edgert.kernels.packing import BLOCK, GROUP, LARGEST_BYTE_SCALE, byte_scales
+from edgert.kernels.reference.rounding import F16_MAX, GAIN, LINE, PEAK, STORED
 
 Floats = NDArray[np.float32]
 
@@ -29,26 +24,45 @@ Floats = NDArray[np.float32]
 # its sign. Negative divisors put it on the side with eight steps, where it nearly always belongs.
 # On Gaussian and Laplacian weights these 18 come within 0.04 % of the error of 320 candidates.
 Q4_DIVISORS: Final = (*np.arange(-10.0, -6.25, 0.25).tolist(), 7.0, 7.5, 8.0)
-# The scale of plain Q4_0. Kept to the end, so that no group is worse than there.
-Q4_PLAIN_DIVISOR: Final = -8.0
-# Rounds of "best scale for these integers, best integers for this scale" after the search; each
-# lowers the error. A second one gains less than 0.01 %.
-Q4_REFINEMENTS: Final = 1
 # As Q4_DIVISORS, for fewer steps: 3 bits clip the extreme of a group often, 2 bits nearly always.
-BYTE_DIVISORS: Final = {
-    "q4s": Q4_DIVISORS,
-    "q3": (*np.arange(-5.5, -2.25, 0.25).tolist(), 2.5, 3.0, 3.5, 4.0),
-    "q2": (*np.arange(-3.2, -0.9, 0.2).tolist(), *np.arange(1.0, 2.6, 0.2).tolist()),
-}
+Q3_DIVISORS: Final = (*np.arange(-5.5, -2.25, 0.25).tolist(), 2.5, 3.0, 3.5, 4.0)
+Q2_DIVISORS: Final = (*np.arange(-3.2, -0.9, 0.2).tolist(), *np.arange(1.0, 2.6, 0.2).tolist())
 # By what share of its range a group is narrowed at either end where q4m starts its search: the best line
 # through rounded integers leaves the outermost weights beyond its ends.
 NARROWINGS: Final = (0.0, 0.04, 0.08)
-LINE_REFINEMENTS: Final = 2  # rounds of "best line for these integers, best integers for this line"
-# Weights worked on at once. Arrays of 256 kB stay in a second-level cache; a quarter of that halves
-# the speed, because calls then take longer than their work.
-CHUNK_WEIGHTS: Final = 1 << 16
+# Steps and starts of the lines, as shares of the range.
+LINES: Final = [((1 - below - above) / 15, below) for below in NARROWINGS for above in NARROWINGS]
+# Weights in one call of a kernel; its NumPy twin needs some ten times as many bytes.
+CHUNK_WEIGHTS: Final = 1 << 18
 
-F16_MAX: Final = 65504.0
+
+class Search(NamedTuple):
+    """How the scales of a quantisation are found: see kernels/reference/rounding.py."""
+
+    how: int
+    low: np.float32
+    high: np.float32
+    candidates: Floats
+
+    @classmethod
+    def of(cls, how: int, low: int, high: int, candidates: Any = ()) -> "Search":
+        """With the types of numbers that kernels are compiled for."""
+        return cls(how, np.float32(low), np.float32(high), np.array(candidates, np.float32).reshape(-1))
+
+
+SEARCHES: Final = {
+    "q8": Search.of(PEAK, -127, 127),
+    "q4m": Search.of(LINE, 0, 15, LINES),
+    "q4": Search.of(GAIN, -8, 7, Q4_DIVISORS),
+    "q4s": Search.of(STORED, -8, 7, Q4_DIVISORS),
+    "q3": Search.of(STORED, -4, 3, Q3_DIVISORS),
+    "q2": Search.of(STORED, -2, 1, Q2_DIVISORS),
+}
+"""Of each quantisation that has a scale."""
+CODE_RANGE: Final = {quant: (int(search.low), int(search.high)) for quant, search in SEARCHES.items()}
+"""The integers of each of them."""
+BYTE_SCALED: Final = tuple(quant for quant, search in SEARCHES.items() if search.how == STORED)
+
 LARGEST: Final = {
     "f32": float(np.finfo(np.float32).max),
     "f16": F16_MAX,
@@ -60,20 +74,12 @@ LARGEST: Final = {
     "q2": 2 * LARGEST_BYTE_SCALE,
 }
 """The largest weight each quantisation can hold."""
-CODE_RANGE: Final = {
-    "q8": (-127, 127),
-    "q4m": (0, 15),
-    "q4": (-8, 7),
-    "q4s": (-8, 7),
-    "q3": (-4, 3),
-    "q2": (-2, 1),
-}
-"""The integers of each quantisation that has a scale."""
 
 
 def check_weights(weights: Floats, quant: str, name: str) -> None:
     """Raise ConversionError, naming the tensor, for NaN, infinity, or a weight `quant` cannot hold."""
-    peak = float(np.abs(weights).max(initial=0))  # NaN propagates through max
+    # NaN propagates; without a copy, as np.abs(weights) would be.
+    peak = float(np.maximum(weights.max(initial=0), -weights.min(initial=0)))
     if not np.isfinite(peak):
         raise ConversionError(
             f"{name}: found NaN or infinity, expected finite weights; "
@@ -82,7 +88,7 @@ def check_weights(weights: Floats, quant: str, name: str) -> None:
     if peak > LARGEST[quant]:
         raise ConversionError(
             f"{name}: found a weight of {peak:.3g}, expected at most {LARGEST[quant]:.6g} for {quant}; "
-            f"the source is damaged, or needs --quant {'q4' if quant in BYTE_DIVISORS else 'f32'}"
+            f"the source is damaged, or needs --quant {'q4' if quant in BYTE_SCALED else 'f32'}"
         )
 
 
@@ -92,50 +98,64 @@ def quantize(weights: Floats, quant: str, importance: Floats | None = None, name
     `importance` [K], positive, weighs the squared errors of the columns: the mean square of the
     activations they meet makes it the error of the product. Raises ConversionError as `check_weights`.
     """
+    return measured(weights, quant, importance, name)[0]
+
+
+def measured(
+    weights: Floats, quant: str, importance: Floats | None = None, name: str = "matrix"
+) -> tuple["Codes", "Distortion"]:
+    """As `quantize`, and what is lost."""
     check_weights(weights, quant, name)
-    count, columns = weights.shape
-    values = np.empty((count, columns), np.int8)
-    scales = np.empty((count, -(-columns // GROUP)), np.float32)
-    minimums = np.empty_like(scales) if quant == "q4m" else None
-
-    def fill(rows: slice) -> None:
-        groups = _to_groups(weights[rows])
-        weight = None
-        if importance is not None:
-            weight = _to_groups(np.broadcast_to(importance, weights[rows].shape))
-        scale, minimum = search(groups, quant, weight)
-        codes = round_codes(groups, quant, scale, minimum)
-        shape = weights[rows].shape[0], -1
-        values[rows] = np.ascontiguousarray(codes.astype(np.int8).T).reshape(shape)[:, :columns]
-        scales[rows] = scale.reshape(shape)
-        if minimums is not None and minimum is not None:
-            minimums[rows] = minimum.reshape(shape)
-
-    chunks = list(_chunks(weights))
-    # NumPy lets other threads run inside its loops; each fills rows of its own.
-    with ThreadPoolExecutor(max(1, min(cores(), len(chunks)))) as pool:
-        list(pool.map(fill, chunks))
-    return Codes(values, scales, minimums)
+    rows, columns = weights.shape
+    groups = -(-columns // GROUP)
+    weight = np.ones(groups * GROUP, np.float32)
+    if importance is not None:
+        weight[:] = 0
+        weight[:columns] = importance
+    if quant == "q4m":
+        weight = _shares(weight.reshape(groups, GROUP)).reshape(-1)
+    values = np.empty((rows, columns), np.int8)
+    scales, minimums = np.empty((2, rows, groups), np.float32)
+    sums = np.empty((-(-rows // BLOCK), 2))
+    weights = np.ascontiguousarray(weights, np.float32)
+    step = max(1, CHUNK_WEIGHTS // (columns * BLOCK)) * BLOCK
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        found = values[part], scales[part], minimums[part]
+        of_part = sums[start // BLOCK : -(-part.stop // BLOCK)]
+        rounding.round_rows(*SEARCHES[quant], weights[part], weight, *found, of_part)
+    error, energy = sums.sum(axis=0)
+    codes = Codes(values, scales, minimums if quant == "q4m" else None)
+    return codes, Distortion(float(error), float(energy))
 
 
-def search(groups: Floats, quant: str, weight: Floats | None) -> tuple[Floats, Floats | None]:
+def search(groups: Floats, quant: str, weight: Floats) -> tuple[Floats, Floats | None]:
     """The scales [G] of groups [k, G], k at most 32, as they are stored, and of q4m the minimums [G].
 
-    weight: [k, G] or [k, 1], of the squared errors; None for all the same.
+    weight: [k], of the squared errors.
     """
-    if quant == "q4m":
-        return _search_line(groups, weight)
-    if quant == "q8":
-        return _to_f16(np.abs(groups).max(axis=0) / np.float32(127)), None
-    if quant == "q4":
-        return _search_q4(groups, weight), None
-    return _search_bytes(groups, quant, weight), None
+    count = groups.shape[1]
+    lanes = np.zeros((len(groups), -(-count // BLOCK) * BLOCK), np.float32)
+    lanes[:, :count] = groups
+    weight = np.ascontiguousarray(_shares(weight) if quant == "q4m" else weight, np.float32)
+    scales, minimums = np.empty((2, lanes.shape[1]), np.float32)
+    rounding.search_groups(*SEARCHES[quant], lanes, weight, scales, minimums)
+    return scales[:count], minimums[:count] if quant == "q4m" else None
 
 
 def round_codes(weights: Floats, quant: str, scale: Floats, minimum: Floats | None) -> Floats:
     """The whole numbers of `quant` nearest to (weights - minimum) / scale, as floats; 0 for a scale of 0."""
     moved = weights if minimum is None else weights - minimum
-    return _round(moved, scale, *CODE_RANGE[quant], np.empty_like(weights))
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    codes = np.rint(moved * inverse)
+    return np.clip(codes, *CODE_RANGE[quant], out=codes)
+
+
+def _shares(weight: Floats) -> Floats:
+    """Weights [.., 32] as shares of their sum."""
+    total = weight.sum(axis=-1, keepdims=True)
+    shares: Floats = np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)
+    return shares
 
 
 def dequantize(
@@ -175,7 +195,7 @@ class Codes:
             return False
         low, high = CODE_RANGE[quant]
         stored = [self.scales] if self.minimums is None else [self.scales, self.minimums]
-        as_stored = byte_scales if quant in BYTE_DIVISORS else _to_f16
+        as_stored = byte_scales if quant in BYTE_SCALED else _to_f16
         exact = all(np.isfinite(x).all() and (as_stored(x).astype(np.float32) == x).all() for x in stored)
         return exact and bool(self.values.min() >= low and self.values.max() <= high)
 
@@ -215,6 +235,11 @@ class Distortion:
         self.error += float(np.einsum("nk,nk->n", difference, difference).sum(dtype=np.float64))
         self.energy += float(np.einsum("nk,nk->n", original, original).sum(dtype=np.float64))
 
+    def include(self, other: "Distortion") -> None:
+        """Add what another part of the tensor lost."""
+        self.error += other.error
+        self.energy += other.energy
+
     @property
     def relative(self) -> float:
         """RMS error over RMS weight; 0 for a tensor of zeros kept as zeros."""
@@ -226,128 +251,6 @@ def relative_error(original: Floats, restored: Floats) -> float:
     distortion = Distortion()
     distortion.add(original, restored)
     return distortion.relative
-
-
-def _chunks(weights: Floats) -> Iterator[slice]:
-    rows, columns = weights.shape
-    step = max(1, CHUNK_WEIGHTS // columns)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
-
-
-def _to_groups(weights: Floats) -> Floats:
-    """[N, K] to [32, groups], zeros after K: sums over a group then run along whole vectors."""
-    rows, columns = weights.shape
-    padded = -(-columns // GROUP) * GROUP
-    if padded != columns:
-        whole = np.zeros((rows, padded), np.float32)
-        whole[:, :columns] = weights
-        weights = whole
-    return np.ascontiguousarray(weights.reshape(-1, GROUP).T)
-
-
-def _round(groups: Floats, scale: Floats, low: int, high: int, out: Floats) -> Floats:
-    """The integers nearest to groups / scale, in low..high; 0 where the scale is 0."""
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    return _round_by(groups, inverse, low, high, out)
-
-
-def _round_by(groups: Floats, inverse: Floats, low: int, high: int, out: Floats) -> Floats:
-    np.multiply(groups, inverse, out=out)
-    np.rint(out, out=out)
-    return np.clip(out, low, high, out=out)
-
-
-def _best_scale(groups: Floats, codes: Floats, weight: Floats | None) -> tuple[Floats, Floats]:
-    """For fixed integers the scale <x,q>/<q,q> of least error, and by how much it lowers |x|^2."""
-    weighted = codes if weight is None else codes * weight
-    along = np.einsum("kg,kg->g", weighted, groups)
-    length = np.einsum("kg,kg->g", weighted, codes)
-    scale = np.divide(along, length, out=np.zeros_like(along), where=length > 0)
-    return scale, scale * along
-
-
-def _error(groups: Floats, codes: Floats, scale: Floats, weight: Floats | None) -> Floats:
-    difference = codes * scale
-    np.subtract(groups, difference, out=difference)
-    weighted = difference if weight is None else difference * weight
-    total: Floats = np.einsum("kg,kg->g", weighted, difference)
-    return total
-
-
-def _search_q4(groups: Floats, weight: Floats | None) -> Floats:
-    """[k, G] to their scales [G]."""
-    extreme, inverse = _extremes(groups)
-    codes = np.empty_like(groups)
-    scale = np.zeros_like(extreme)
-    gain = np.zeros_like(extreme)
-    for divisor in Q4_DIVISORS:
-        _round_by(groups, inverse * np.float32(divisor), -8, 7, codes)
-        candidate, lowered = _best_scale(groups, codes, weight)
-        np.copyto(scale, candidate, where=lowered > gain)
-        np.maximum(gain, lowered, out=gain)
-    for _ in range(Q4_REFINEMENTS):
-        scale, _gain = _best_scale(groups, _round(groups, scale, -8, 7, codes), weight)
-    found, plain = _to_f16(scale), _to_f16(extreme / np.float32(Q4_PLAIN_DIVISOR))
-    other = _round(groups, plain, -8, 7, np.empty_like(groups))
-    _round(groups, found, -8, 7, codes)
-    better = _error(groups, other, plain, weight) < _error(groups, codes, found, weight)
-    return np.where(better, plain, found)
-
-
-def _extremes(groups: Floats) -> tuple[Floats, Floats]:
-    """Of each group the weight of largest magnitude, and what divides by it; 0 for a group of nothing."""
-    low, high = groups.min(axis=0), groups.max(axis=0)
-    extreme = np.where(high > -low, high, low)
-    # A group below float16's reach ends with scale 0 whatever is found here; flushing its inverse
-    # keeps the search free of overflow.
-    tiny = np.abs(extreme) < np.float32(2.0**-26)
-    return extreme, np.divide(1, extreme, out=np.zeros_like(extreme), where=~tiny)
-
-
-def _search_bytes(groups: Floats, quant: str, weight: Floats | None) -> Floats:
-    """[k, G] to scales [G] of one byte.
-
-    Steps between such scales are wide, so each candidate is judged as it would be stored.
-    """
-    low, high = CODE_RANGE[quant]
-    _, inverse = _extremes(groups)
-    codes = np.empty_like(groups)
-    scale = np.zeros_like(inverse)
-    least = _error(groups, np.zeros_like(groups), scale, weight)
-    for divisor in BYTE_DIVISORS[quant]:
-        _round_by(groups, inverse * np.float32(divisor), low, high, codes)
-        candidate = byte_scales(_best_scale(groups, codes, weight)[0]).astype(np.float32)
-        error = _error(groups, _round(groups, candidate, low, high, codes), candidate, weight)
-        np.copyto(scale, candidate, where=error < least)
-        np.minimum(least, error, out=least)
-    return scale
-
-
-def _search_line(groups: Floats, weight: Floats | None) -> tuple[Floats, Floats]:
-    """[k, G] to scales and minimums [G] of q4m: the line through whole numbers 0..15 of least error."""
-    low, high = groups.min(axis=0), groups.max(axis=0)
-    share = np.ones((len(groups), 1), np.float32) if weight is None else weight
-    share = np.broadcast_to(share / share.sum(axis=0), groups.shape)
-    mean = np.einsum("kg,kg->g", share, groups)
-    scale, minimum, codes = np.zeros_like(low), _to_f16(mean), np.zeros_like(groups)
-    least = _error(groups - minimum, codes, scale, share)
-    for below in NARROWINGS:
-        for above in NARROWINGS:
-            step = (high - low) * np.float32((1 - below - above) / 15)
-            start = low + (high - low) * np.float32(below)
-            for _ in range(LINE_REFINEMENTS):
-                _round(groups - start, step, 0, 15, codes)
-                middle = np.einsum("kg,kg->g", share, codes)
-                step, _ = _best_scale(groups - mean, codes - middle, share)
-                start = mean - step * middle
-            step, start = _to_f16(step), _to_f16(start)
-            error = _error(groups - start, _round(groups - start, step, 0, 15, codes), step, share)
-            better = error < least
-            np.copyto(scale, step, where=better)
-            np.copyto(minimum, start, where=better)
-            np.minimum(least, error, out=least)
-    return scale, minimum
 
 
 def _to_f16(scale: Floats) -> Floats:

@@ -50,27 +50,20 @@ def padded(rows: int, columns: int) -> tuple[int, int]:
     return -(-rows // BLOCK) * BLOCK, -(-columns // GROUP) * GROUP
 
 
-def _records(values: NDArray[np.generic]) -> NDArray[np.generic]:
-    """[N, K] zero-padded and cut to [blocks, groups, 16, 32]."""
-    rows, columns = padded(*values.shape)
-    whole = np.zeros((rows, columns), values.dtype)
-    whole[: values.shape[0], : values.shape[1]] = values
-    cut = whole.reshape(rows // BLOCK, BLOCK, columns // GROUP, GROUP)
-    return np.ascontiguousarray(cut.transpose(0, 2, 1, 3))
+def _blocks(values: NDArray[np.generic], wide: int) -> NDArray[np.generic]:
+    """[N, K] zero-padded to whole blocks of rows and `wide` columns as [blocks, 16, columns / wide, wide]."""
+    rows, columns = values.shape
+    whole = -(-rows // BLOCK) * BLOCK, -(-columns // wide) * wide
+    if whole != values.shape:
+        given, values = values, np.zeros(whole, values.dtype)
+        values[:rows, :columns] = given
+    return np.ascontiguousarray(values).reshape(-1, BLOCK, whole[1] // wide, wide)
 
 
 def pack_floats(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """float32 or float16 [N, K] to record bytes [blocks, groups, record]."""
-    records = np.ascontiguousarray(_records(values).transpose(0, 1, 3, 2))
+    records = np.ascontiguousarray(_blocks(values, GROUP).transpose(0, 2, 3, 1))
     return records.view(np.uint8).reshape(*records.shape[:2], -1)
-
-
-def _pack_scales(scales: NDArray[np.float16]) -> NDArray[np.uint8]:
-    rows = -(-scales.shape[0] // BLOCK) * BLOCK
-    whole = np.zeros((rows, scales.shape[1]), np.float16)
-    whole[: scales.shape[0]] = scales
-    cut = np.ascontiguousarray(whole.reshape(rows // BLOCK, BLOCK, -1).transpose(0, 2, 1))
-    return cut.view(np.uint8)
 
 
 def byte_scales(scales: NDArray[np.floating[Any]]) -> NDArray[np.float16]:
@@ -107,54 +100,39 @@ def pack(
     -2..1 for q3 and q2. Scales of BYTE_SCALED are as `byte_scales` gives them. minimums: as scales, for
     q4m alone.
     """
+    # Four columns of a row stay side by side everywhere, so that they are worked on as one word.
+    words = _blocks(values, GROUP).view(np.uint32)  # [blocks, 16, groups, 8]
+    blocks, _, groups, _ = words.shape
+    packed = np.empty((blocks, groups, RECORD_BYTES[quant]), np.uint8)
+    registers = _registers(quant, words)
+    count = registers.shape[-1] * BLOCK
+    out = packed.view(np.uint32)[..., :count].reshape(blocks, groups, -1, BLOCK)
+    out[:] = registers.transpose(0, 2, 3, 1)
+    at = 4 * count
+    for given in (scales,) if minimums is None else (scales, minimums):
+        stored = scale_bytes(given) if quant in BYTE_SCALED else given.view(np.uint16)
+        size = BLOCK * stored.itemsize
+        packed[..., at : at + size].view(stored.dtype)[:] = _blocks(stored, 1)[..., 0].transpose(0, 2, 1)
+        at += size
+    return packed
+
+
+def _registers(quant: str, words: NDArray[np.generic]) -> NDArray[np.generic]:
+    """The registers of records, one row's word of each: int8 as uint32 [.., 8] to uint32 [.., registers]."""
     if quant == "q8":
-        return pack_q8(values, scales)
-    if quant == "q4m":
-        assert minimums is not None
-        return np.concatenate(
-            [_nibbles(_records(values)), _pack_scales(scales), _pack_scales(minimums)], axis=2
-        )
-    if quant == "q4":
-        return pack_q4(values, scales)
-    small = scale_bytes(_pack_scales(scales).view(np.float16))
-    if quant == "q4s":
-        return np.concatenate([_nibbles(_records(values) + np.int8(8)), small], axis=2)
-    codes = (_records(values) + np.int8(OFFSETS[quant])).view(np.uint8)
-    shape = codes.shape[:2]
-    # [.., row, i, t, c] to bytes [.., i, row, c], two bits for each t
-    pairs = (codes & np.uint8(3)).reshape(*shape, 16, 2, 4, 4)
-    low = np.zeros((*shape, 16, 2, 4), np.uint8)
-    for t in range(4):
-        low |= pairs[..., t, :] << np.uint8(2 * t)
-    parts = [np.ascontiguousarray(low.swapaxes(2, 3)).reshape(*shape, 128)]
-    if quant == "q3":
-        thirds = (codes >> np.uint8(2)).reshape(*shape, 16, 8, 4)  # [.., row, j, c]
-        high = np.zeros((*shape, 16, 4), np.uint8)
-        for j in range(8):
-            high |= thirds[..., j, :] << np.uint8(j)
-        parts.append(high.reshape(*shape, 64))
-    return np.concatenate([*parts, small], axis=2)
-
-
-def pack_q8(values: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:
-    """int8 [N, K] in -127..127 and scales [N, ceil(K/32)] to record bytes [blocks, groups, 544]."""
-    cut = _records(values)
-    shape = cut.shape[:2]
-    registers = np.ascontiguousarray(cut.reshape(*shape, 16, 8, 4).transpose(0, 1, 3, 2, 4))
-    return np.concatenate([registers.view(np.uint8).reshape(*shape, 512), _pack_scales(scales)], axis=2)
-
-
-def pack_q4(values: NDArray[np.int8], scales: NDArray[np.float16]) -> NDArray[np.uint8]:
-    """int8 [N, K] in -8..7 and scales [N, ceil(K/32)] to record bytes [blocks, groups, 288]."""
-    return np.concatenate([_nibbles(_records(values) + np.int8(8)), _pack_scales(scales)], axis=2)
-
-
-def _nibbles(codes: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Codes 0..15 [blocks, groups, 16, 32] to the registers [blocks, groups, 256]."""
-    shape = codes.shape[:2]
-    nibbles = codes.view(np.uint8).reshape(*shape, 16, 4, 2, 4)
-    joined = nibbles[..., 0, :] | (nibbles[..., 1, :] << np.uint8(4))  # [.., row, j, 4]
-    return np.ascontiguousarray(joined.transpose(0, 1, 3, 2, 4)).reshape(*shape, 256)
+        return words
+    if quant.startswith("q4"):
+        low = words & np.uint32(0x0F0F0F0F)
+        joined = low[..., ::2] | low[..., 1::2] << np.uint32(4)
+        return joined if quant == "q4m" else joined ^ np.uint32(0x88888888)  # + 8
+    twos = words & np.uint32(0x03030303)
+    low = twos[..., ::4] | twos[..., 1::4] << np.uint32(2) | twos[..., 2::4] << np.uint32(4)
+    low |= twos[..., 3::4] << np.uint32(6)
+    if quant == "q2":
+        return low ^ np.uint32(0xAAAAAAAA)  # + 2
+    signs = words >> np.uint32(2) & np.uint32(0x01010101)
+    high = np.bitwise_or.reduce(signs << np.arange(8, dtype=np.uint32), axis=-1, keepdims=True)
+    return np.concatenate([low, high ^ np.uint32(0xFFFFFFFF)], axis=-1)  # + 4 changes the third bit alone
 
 
 def unpack_values(quant: str, records: NDArray[np.uint8]) -> NDArray[np.generic]:

@@ -293,7 +293,9 @@ def _operation(result: Any, *operands: Any) -> Callable[[Emit], Any]:
             return intrinsic(lambda typing, a: (result(*operands), body))
         if len(operands) == 2:
             return intrinsic(lambda typing, a, b: (result(*operands), body))
-        return intrinsic(lambda typing, a, b, c: (result(*operands), body))
+        if len(operands) == 3:
+            return intrinsic(lambda typing, a, b, c: (result(*operands), body))
+        return intrinsic(lambda typing, a, b, c, d: (result(*operands), body))
 
     return decorate
 
@@ -323,6 +325,25 @@ def not_below(builder: ir.IRBuilder, x: ir.Value, least: ir.Value) -> ir.Value:
     """x where it is at least `least` in magnitude, else 0."""
     size = call(builder, "llvm.fabs.v16f32", x.type, [x])
     return builder.select(builder.fcmp_ordered(">=", size, least), x, constant(x.type, 0.0))
+
+
+@_operation(f32x16, f32x16, f32x16, f32x16, f32x16)
+def where_above(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+    """x in the lanes where a > b, else y."""
+    return builder.select(builder.fcmp_ordered(">", a, b), x, y)
+
+
+@_operation(f32x16, f32x16)
+def through_half(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The nearest float16, for |x| up to 65504."""
+    return half_to_float(builder, float_to_half(builder, x))
+
+
+@_operation(f32x16, f32x16)
+def binade(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """The largest power of two that is at most |x|; 0 for x below 2**-126."""
+    exponent = builder.and_(builder.bitcast(x, i32x16.llvm), constant(i32x16.llvm, 0x7F800000))
+    return builder.bitcast(exponent, x.type)
 
 
 @_operation(f32x16, f32x16)

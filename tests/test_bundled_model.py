@@ -215,7 +215,7 @@ def write_q4_0(source: Path, target: Path) -> None:
                     expected = gguf.quants.dequantize(rounded, gguf.GGMLQuantizationType.Q4_0)
                     wide = np.repeat(scales.astype(np.float32), 32, axis=1)
                     np.testing.assert_array_equal(values * wide, expected)
-                    writer.write(name, packing.pack_q4(values, scales))
+                    writer.write(name, packing.pack("q4", values, scales))
             writer.finish()
 
 

@@ -13,7 +13,6 @@ from edgert.kernels.reference import neurons as twins
 from tests import kernel_inputs as inputs
 
 NUMBER = {"q8": matmul.Q8, "q4": matmul.Q4}
-PACK = {"q8": packing.pack_q8, "q4": packing.pack_q4}
 PRODUCT = {"q8": matmul.matmul_q8, "q4": matmul.matmul_q4}
 W_AT = 6
 NO_TABLE = np.zeros(1, np.int64)
@@ -55,7 +54,7 @@ class Case:
         """y + W x by the kernel of rows16."""
         rows, columns = matrix[0].shape
         groups, out = -(-columns // 32), y.copy()
-        data = PACK[self.quant](*matrix).reshape(-1)
+        data = packing.pack(self.quant, *matrix).reshape(-1)
         blocks = -(-rows // 16)
         PRODUCT[self.quant](
             data, 0, groups, 0, blocks, 1, x.reshape(-1), self.xs, self.sums(x), 0, out, 0, out.size
@@ -182,7 +181,7 @@ def test_compiled_neurons_equal_their_twins(quant: str, shape: Any) -> None:
 def test_neurons_come_back_in_the_order_of_rows16(quant: str, shape: Any) -> None:
     case = Case(quant, *shape)
     size, sizes = packing.RECORD_BYTES[quant], NeuronShape.of(quant, case.width)
-    up, down = PACK[quant](*case.up), PACK[quant](*case.down)
+    up, down = packing.pack(quant, *case.up), packing.pack(quant, *case.down)
     for block in range(len(up)):
         out = np.zeros(4 + sizes.spans * 16 * size, np.uint8)
         neurons.block_of_up(case.number, case.w, W_AT, *parts_of_a_cluster(case), case.groups, block, out, 4)

@@ -33,14 +33,14 @@ GOLDEN_Q8 = (
 
 def test_golden_q4_record() -> None:
     values = np.array([[7, 6, 5, 4, 3, 2, 1, 0, -1], [-8, -7, -6, -5, -4, -3, -2, -1, 0]], np.int8)
-    packed = packing.pack_q4(values, np.array([[1.0], [-2.0]], np.float16))
+    packed = packing.pack("q4", values, np.array([[1.0], [-2.0]], np.float16))
     assert packed.shape == (1, 1, 288)
     assert packed.tobytes() == bytes.fromhex(GOLDEN_Q4)
 
 
 def test_golden_q8_record() -> None:
     values = np.array([[1, 2, 3, 4, 5], [-1, -2, -127, 127, 0]], np.int8)
-    packed = packing.pack_q8(values, np.array([[0.5], [2.0**-24]], np.float16))
+    packed = packing.pack("q8", values, np.array([[0.5], [2.0**-24]], np.float16))
     assert packed.shape == (1, 1, 544)
     assert packed.tobytes() == bytes.fromhex(GOLDEN_Q8)
 

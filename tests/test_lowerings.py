@@ -32,6 +32,7 @@ from edgert.kernels import (
     quantize,
     rmsnorm,
     rope,
+    rounding,
     routing,
     row_sums,
     softmax,
@@ -47,6 +48,7 @@ from tests import (
     test_kernel_activation,
     test_kernel_matmul,
     test_kernel_neurons,
+    test_kernel_rounding,
     test_kernel_routing,
     test_kernel_rows,
 )
@@ -62,6 +64,7 @@ GOLDEN = {
     "matmul q2": "b17db7be5431a1f0",
     "rmsnorm": "9c95b9e87ba005f0",
     "quantize": "7cae9c04165244dc",
+    "rounding": "208d787d6833662d",
     "embed": "68bdd6d574250ec0",
     "embed few bits": "4ae331df234926d9",
     "halves": "e9feb77aa0b1f5e5",
@@ -120,6 +123,14 @@ def quantised() -> Iterator[Any]:
         case = test_kernel_rows.quantize_case(seed, flavour, 9, 3, 2)
         quantize.quantize(*case)
         yield from case[3:6]
+
+
+def rounded() -> Iterator[Any]:
+    for seed, flavour in enumerate(inputs.FLAVOURS):
+        for quant in ("q8", "q4m", "q4", "q4s", "q3", "q2"):
+            case = test_kernel_rounding.rows_case(quant, seed, flavour, 21, 70)
+            rounding.round_rows(*case)
+            yield from case[6:]
 
 
 def embeddings(quants: tuple[str, ...]) -> Iterator[Any]:
@@ -341,6 +352,7 @@ PARTS: dict[str, Callable[[], Iterator[Any]]] = {
     **{f"matmul {quant}": lambda quant=quant: products(quant) for quant in inputs.QUANTS},  # type: ignore[misc]
     "rmsnorm": norms,
     "quantize": quantised,
+    "rounding": rounded,
     "embed": lambda: embeddings(("f32", "f16", "q8", "q4")),
     "embed few bits": lambda: embeddings(SMALL),
     "halves": halves,

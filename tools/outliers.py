@@ -39,11 +39,12 @@ from edgert.calibration.convert import assignment
 from edgert.calibration.sensitivity import Sensitivity
 from edgert.config import Quant, QuantSpec
 from edgert.converters.compensate import Errors, compensated
-from edgert.converters.quantize import quantize, round_codes, search
+from edgert.converters.quantize import SEARCHES, quantize, round_codes
 from edgert.evaluate import read_documents
 from edgert.format import ErtFile
 from edgert.kernels import packing
 from edgert.kernels.packing import GROUP
+from edgert.kernels.reference.rounding import search_groups
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -105,7 +106,9 @@ def sparse(weights: Floats, errors: Errors, quant: Quant, mask: Mask) -> Floats:
         block, answer = left[start:end], errors.answer[start:end]
         keep = (~apart[start:end]).astype(np.float32)
         weight = np.maximum(errors.weight[start:end, None] * keep, 1e-12)
-        scale, minimum = search(block * keep, quant, weight)
+        scale, least = np.empty((2, block.shape[1]), np.float32)
+        search_groups(*SEARCHES[quant], block * keep, weight, scale, least)  # the twin: a weight for each
+        minimum = least if quant == "q4m" else None
         made = np.empty_like(block)
         for j, column in enumerate(block):
             code = round_codes(column, quant, scale, minimum)

@@ -156,7 +156,7 @@ class Sensitivity:
                     for quant, error in _squared_errors(weights).items():
                         sums[quant] += error / len(parts)
                 probe = PROBE if np.abs(weights).max() <= LARGEST[PROBE] else "q4"
-                rounded = round_weights(weights, probe, errors, name).floats()
+                rounded = round_weights(weights, probe, errors, name)[0].floats()
                 codes = quantize(rounded, "q8", name=name)
                 stored[blocks] = packing.pack("q8", codes.values, codes.scales.astype(np.float16)).reshape(-1)
             at += stored.size
