@@ -27,8 +27,8 @@ LINE_REFINEMENTS = 2
 """Rounds of "best line for these whole numbers, best whole numbers for this line"."""
 F16_MAX = 65504.0
 LEAST_INVERTED = 2.0**-26
-"""A group below float16's reach ends with scale 0 whatever is found; with its inverse taken for 0 the search is
-free of overflow."""
+"""A group below float16's reach ends with scale 0 whatever is found; with its inverse taken for 0 the search
+is free of overflow."""
 
 LEAST_SCALE = 2.0**-126
 """What divides by a smaller one would be infinite; it is taken for 0."""
