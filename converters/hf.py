@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgert.config import ModelSpec, Quant, QuantSpec
 from edgert.converters.architectures import Decoder, describe
 from edgert.converters.exits import EXITS_FILE, Exits, fingerprint, open_exits
+from edgert.converters.fp8 import with_scales, without_blocks
 from edgert.converters.hf_config import HfConfig, parse_object, read_bytes, read_object, shown
 from edgert.converters.neurons import Sparsity, with_sparsity
 from edgert.converters.outliers import with_outliers
@@ -157,8 +158,9 @@ def _predictors(
 
 def _decoder(folder: Path, tensors: dict[str, SourceTensor]) -> tuple[Decoder, dict[str, SourceTensor]]:
     """The decoder of a folder, and its tensors, each of ours by itself."""
-    decoder = describe(config_in(folder, "config.json"), config_in(folder, "generation_config.json"))
-    tensors = decoder.split(tensors)
+    config, block = without_blocks(config_in(folder, "config.json"))
+    decoder = describe(config, config_in(folder, "generation_config.json"))
+    tensors = decoder.split(with_scales(tensors, block) if block else tensors)
     output = tensors.get(decoder.source_name("output"))
     embedding = tensors.get(decoder.source_name("token_embedding"))
     if decoder.spec.tied_embeddings and output and embedding and not output.same_bytes(embedding):

@@ -50,16 +50,12 @@ class SourceTensor:
             for start in range(0, len(self.picked), slab_rows):
                 yield self._picked_rows(self.picked[start : start + slab_rows])
             return
-        rows, columns = self.shape
-        row_bytes = columns * ITEM_BYTES[self.dtype]
-        for start in range(0, rows, slab_rows):
-            count = min(slab_rows, rows - start)
-            raw = self.read(start * row_bytes, count * row_bytes)
-            yield _to_float32(raw, self.dtype).reshape(count, columns)
+        rows = self.shape[0]
+        yield from (self.stored(start, min(slab_rows, rows - start)) for start in range(0, rows, slab_rows))
 
     def part(self, first: int, rows: int, columns: int) -> "SourceTensor":
         """Rows first.. of a matrix, or of a stack of them, as a tensor of its own."""
-        row_bytes = columns * ITEM_BYTES[self.dtype]
+        row_bytes = columns * self._item_bytes
         at, nbytes = self.offset + first * row_bytes, rows * row_bytes
         return replace(self, shape=(rows, columns), offset=at, nbytes=nbytes)
 
@@ -88,19 +84,32 @@ class SourceTensor:
     def vector(self) -> NDArray[np.float32]:
         """The whole tensor, flattened, as float32."""
         if self.transposed:
-            values = _to_float32(self.read(0, self.nbytes), self.dtype).reshape(self.shape[1], -1).T
+            values = self.stored(0, self.shape[1]).T
             return np.ascontiguousarray(values if self.picked is None else values[self.picked]).reshape(-1)
         if self.picked is not None:
             return self._picked_rows(self.picked).reshape(-1)
-        return _to_float32(self.read(0, self.nbytes), self.dtype)
+        return self.stored(0, self.nbytes // self._row_bytes if self._row_bytes else 0).reshape(-1)
+
+    def stored(self, first: int, count: int) -> NDArray[np.float32]:
+        """Rows first.. of what is stored, before transposing and picking: [count, columns]."""
+        raw = self.read(first * self._row_bytes, count * self._row_bytes)
+        return _to_float32(raw, self.dtype).reshape(count, -1 if count else 0)
+
+    @property
+    def _row_bytes(self) -> int:
+        """Of a row as it is stored; a vector's rows are numbers."""
+        if self.transposed:
+            return self.nbytes // self.shape[1]
+        return self._item_bytes * (self.shape[-1] if len(self.shape) > 1 else 1)
+
+    @property
+    def _item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
 
     def _picked_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Some rows of what is stored, read with all that lie between them."""
-        columns = self.shape[1] if len(self.shape) > 1 else 1
         first, last = int(rows.min()), int(rows.max())
-        row_bytes = columns * ITEM_BYTES[self.dtype]
-        raw = self.read(first * row_bytes, (last + 1 - first) * row_bytes)
-        return _to_float32(raw, self.dtype).reshape(-1, columns)[rows - first]
+        return self.stored(first, last + 1 - first)[rows - first]
 
     def same_bytes(self, other: "SourceTensor", piece: int = 1 << 22) -> bool:
         """Whether two tensors are equal bit for bit; reads `piece` bytes at a time."""
@@ -136,6 +145,11 @@ class TurnedTensor(SourceTensor):
     """A matrix whose equal parts are stored transposed; see `SourceTensor.turn`."""
 
     of: SourceTensor | None = None
+
+    @property
+    def readable(self) -> bool:
+        """As what it is made of."""
+        return self.of is not None and self.of.readable
 
     def rows(self, slab_rows: int) -> Iterator[NDArray[np.float32]]:
         """As of any matrix; read whole, for no rows of it lie together."""
