@@ -6,12 +6,14 @@ import pytest
 
 from edgert.config import GLOBAL_ROPE, LOCAL_ROPE, NO_ROPE, ModelSpec
 from edgert.converters.architectures import Decoder, describe
+from edgert.converters.fp8 import without_blocks
 from edgert.converters.hf_config import HfConfig
 from tests.published_configs import PUBLISHED
 
 
 def read(name: str) -> Decoder:
-    return describe(HfConfig(PUBLISHED[name], "config.json"), HfConfig({}, "generation_config.json"))
+    config, _ = without_blocks(HfConfig(PUBLISHED[name], "config.json"))
+    return describe(config, HfConfig({}, "generation_config.json"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -20,6 +22,11 @@ def test_a_published_configuration_is_read(name: str) -> None:
     spec = read(name).spec
     assert spec.architecture == values["model_type"]
     assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+def test_8_bit_floats_in_blocks_are_understood_and_nothing_else_is_taken_for_them() -> None:
+    blocks = {name: without_blocks(HfConfig(PUBLISHED[name], "config.json"))[1] for name in PUBLISHED}
+    assert {name: block for name, block in blocks.items() if block} == {"deepseek-v3": (128, 128)}
 
 
 def test_what_they_say_of_norms_and_heads() -> None:
@@ -64,8 +71,7 @@ def test_what_is_multiplied_into_weights() -> None:
 
 def test_what_they_say_of_latents_and_experts() -> None:
     oss, lite, moon, v3 = (
-        read(name).spec
-        for name in ("gpt-oss-20b", "deepseek-v2-lite", "moonlight-16b-a3b", "deepseek-v3-bf16")
+        read(name).spec for name in ("gpt-oss-20b", "deepseek-v2-lite", "moonlight-16b-a3b", "deepseek-v3")
     )
     assert (oss.windows, oss.context, oss.sinks, oss.swiglu_alpha) == ((128, 0) * 12, 131072, True, 1.702)
     assert oss.rope_magnitude == pytest.approx(0.1 * math.log(32) + 1)
@@ -80,4 +86,4 @@ def test_what_they_say_of_latents_and_experts() -> None:
     assert read("deepseek-v2-lite").factor("layers.4.q_rope") == pytest.approx((576 / 192) ** 0.5 * yarn**2)
     assert read("moonlight-16b-a3b").factor("layers.4.q_plain") == pytest.approx(3**0.5)
     assert read("moonlight-16b-a3b").factor("layers.4.experts.7.down") == 2.446
-    assert read("deepseek-v3-bf16").variant.layout.foreign == ("model.layers.61.",)
+    assert read("deepseek-v3").variant.layout.foreign == ("model.layers.61.",)

@@ -45,7 +45,7 @@ from edgert.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests import gguf_files, test_mxfp4, tiny_models  # noqa: E402
+from tests import gguf_files, test_fp8, test_mxfp4, tiny_models  # noqa: E402
 from tools.gguf_texts import byte_level, sentence_piece  # noqa: E402
 
 MEMORY: Final = 512 << 20  # the models take a megabyte
@@ -208,9 +208,12 @@ def hf_samples(folder: Path) -> Iterator[Sample]:
     gated = ("gemma2_caps", "gemma3_scaled_cap_v4", "phi3_partial_longrope", "smollm3_windows", "glm4_gqa")
     plain = ("gpt2_defaults", "gpt_neox_parallel", "opt_relu", "falcon_alibi", "cohere_tied")
     routed = ("gpt_oss_yarn", "deepseek_v2_groups_biases", "deepseek_v3_yarn", "gpt_oss_mxfp4")
-    for name in (*names, *gated, *plain, *routed, "exaone4_hybrid", "qwen3_moe_biases_window"):
+    halved = {f"{name}_fp8": name for name in ("deepseek_v3_yarn", "qwen3_mqa_odd_sizes")}
+    for name in (*names, *gated, *plain, *routed, *halved, "exaone4_hybrid", "qwen3_moe_biases_window"):
         if name == "gpt_oss_mxfp4":
             test_mxfp4.write_published(folder / name)
+        elif name in halved:
+            test_fp8.write_published(folder / name, halved[name], 16, 24)
         else:
             tiny_models.write_folder(folder / name, name)
         (folder / name / "tokenizer_config.json").write_text(

@@ -58,7 +58,7 @@ PUBLISHED = {
     "granitemoe": "Granite 3 with experts",
     "gpt_oss": "gpt-oss 20B and 120B, in MXFP4 as published or not",
     "deepseek_v2": "DeepSeek-V2, V2-Lite, Coder-V2",
-    "deepseek_v3": "DeepSeek-V3 and R1 in 16 bits, Moonlight",
+    "deepseek_v3": "DeepSeek-V3 and R1 in 8-bit floats as published or not, Moonlight",
 }
 """Models of each architecture, for those who know a name and not its `model_type`."""
 
@@ -92,11 +92,16 @@ TAIL = """
   numbers, beside its rotated part, and as a value of 512): 1088 numbers, where keys and values of all heads
   would be 5120 (V2-Lite) or 40960 (V3) and one copy of the latent would be 576. A prompt is computed in the
   same wide form, because the bits of a row must not depend on the rows beside it: for each key and head 1088
-  products instead of 320. The published 8-bit floats of V3 and R1 are refused (`quantization_config`), and
-  what guesses further tokens is left out.
-- gpt_oss: q8 keeps MXFP4 without loss (8.5 bits for each weight); q4 is another rounding on top of it, whose
-  error `edgert convert` prints.
-- Refused for what they compute: deepseek_v2 with `norm_topk_prob` (transformers ignores it), stablelm with
+  products instead of 320. What guesses further tokens is left out.
+- 8-bit floats are read where each block of a matrix has a scale (`weight_block_size`), of any architecture;
+  other kinds of `quantization_config` but gpt_oss's are refused. q8 is another rounding of them, of
+  Gaussian weights by 0.5 %, where the floats themselves have lost 2.6 %.
+- gpt_oss: q8 keeps MXFP4 without loss (8.5 bits for each weight), and no smaller type can: the values of
+  E2M1 are multiples -12 .. 12 of a half, 25 steps, of which q4m has 16 (one group in five of Gaussian
+  weights needs no more). q4 is another rounding on top of it, of Gaussian weights by 6.5 % (q4m 6.2 %),
+  where MXFP4 itself has lost 11.5 %; `edgert convert` prints the error of a model.
+- Refused for what they compute: deepseek_v2 with `norm_topk_prob` (transformers 5.23 has taken the field
+  out of its model, and so does not say whether the scaling factor then applies), stablelm with
   `qk_layernorm` (2 12B), cohere with `use_qk_norm` (Command R+), opt with `word_embed_proj_dim` or norms
   behind (350M), gpt2 with `scale_attn_by_inverse_layer_idx`, and every model_type that is not in the table.
 - Models for pictures and text are converted without what sees pictures.
