@@ -69,17 +69,19 @@ def run_predicted(c, rows, f, xq, routes, tokens, whole):
 def units_of_gate(c, routes):
     """Units of a gate; never one, so that whoever asks before `run_predicted` takes it for more."""
     wanted = routes[c[7]] if c[7] >= 0 else ALL
-    return max(2, ((c[6] if wanted == ALL else wanted) + neurons.BATCH - 1) // neurons.BATCH)
+    size = neurons.BATCH if wanted == ALL else neurons.batch(wanted)
+    return max(2, ((c[6] if wanted == ALL else wanted) + size - 1) // size)
 
 
 @jit
 def run_gate(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view):
-    """16 gates that are wanted, or 16 of all."""
+    """Some gates that are wanted, or 16 of all."""
     quant, w_at, groups, width, at, x, into = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
     g, stride, work, out = c[10], c[11], c[12] + me * c[13], me * c[14]
-    spans, first = (groups + 15) // 16, unit * neurons.BATCH
+    spans = (groups + 15) // 16
     apart = spans * matmul.record_bytes(quant)
     if at < 0 or routes[at] == ALL:
+        first = unit * neurons.BATCH
         if first >= width:
             return
         neurons.block_of_up(quant, w, w_at, neurons.NONE, apart, groups, unit, spare, out)
@@ -91,7 +93,9 @@ def run_gate(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_vi
             xq, xs, xn, x, g + first, stride, c[15], c[16],
         )  # fmt: skip
         return
-    count = min(neurons.BATCH, routes[at] - first)
+    size = neurons.batch(routes[at])
+    first = unit * size
+    count = min(size, routes[at] - first)
     if count <= 0:
         return
     first += at + 1

@@ -1,9 +1,14 @@
 """The products of single neurons, emitted as LLVM (see neuron_packing.py for what they read).
 
-A row of up is multiplied with 16 groups of x side by side, so that a lane is a group: its whole number and
-the product of its scales are kept, and when 16 rows are done a transposition makes a lane of each row and
-the chain of fused multiply-adds runs over the groups in order, as in tiles.py. A column of down adds to all
-outputs at once: four columns are zipped byte by byte, which is what a dot product of four takes.
+A row of up is multiplied with 16 groups of x side by side, so that a lane is a group. Whole numbers and
+products of scales of four rows are then zipped, so that four lanes are the rows, and the chain of fused
+multiply-adds runs over the groups in order, as in tiles.py. A column of down adds to all outputs at once:
+four columns are zipped byte by byte, which is what a dot product of four takes.
+
+Single rows and columns come as fast as a core can ask for lines by itself, without the hardware's streams:
+where one thread reads whole matrices at 26 GB/s, no way of asking got more than 16 out of rows of 2304 bytes
+(Zen 4). So lines should be asked for all the time, and nothing else be in their way: sums of 16 rows that
+wait in memory for the last, even in the first cache, cost a fifth.
 """
 
 import inspect
@@ -80,70 +85,89 @@ def transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
 
 
 ROWS = 4
-"""Rows of up that are multiplied side by side: what is loaded of x serves all of them."""
+"""Rows of up that are multiplied side by side: what is loaded of x serves all of them, and a vector of four
+lanes holds their sums."""
+
+
+def _by_group(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """Four vectors of 16 lanes to four others: lane 4b + i of the j-th is lane 4b + j of row i."""
+
+    # Within 128 bits, which every instruction set has instructions for.
+    def zipped(a: ir.Value, b: ir.Value, lanes: tuple[int, ...]) -> ir.Value:
+        order = [block + lane % 4 + lane // 4 * 16 for block in range(0, 16, 4) for lane in lanes]
+        return simd.shuffle(builder, a, b, order)
+
+    a, b, c, d = rows
+    low, high = (0, 4, 1, 5), (2, 6, 3, 7)
+    pairs = [(zipped(a, b, half), zipped(c, d, half)) for half in (low, high)]
+    return [zipped(ab, cd, half) for ab, cd in pairs for half in ((0, 1, 4, 5), (2, 3, 6, 7))]
+
+
+def _chain(
+    builder: ir.IRBuilder, wholes: list[ir.Value], scales: list[ir.Value], total: ir.Value
+) -> ir.Value:
+    """fma(whole, scale, total) for 16 groups in order, as `_by_group` gives them; the totals of four rows.
+
+    The totals move on by four lanes with every fourth group, as the next is there in the same vectors. What
+    is in the other lanes is of no use, and no harm.
+    """
+    total = simd.shuffle(builder, total, total, [0, 1, 2, 3] * 4)
+    for _ in range(4):
+        for whole, scale in zip(wholes, scales, strict=True):
+            total = simd.fma_values(builder, whole, scale, total)
+        total = simd.shuffle(builder, total, total, [(lane - 4) % 16 for lane in range(16)])
+    return simd.shuffle(builder, total, total, [0, 1, 2, 3])
 
 
 def row_sums(quant: str) -> Any:
-    """row_sums(w, x, xs, xn, f, a, b, c, d, spans, x_at, s_at, sums, scales, stride, e, g, h, i)
+    """row_sums(w, x, xs, xn, f, a, b, c, d, spans, x_at, s_at, out, e, g, h, i)
 
-    The rows of up at bytes a, b, c, d against one row of x: for group g of the i-th the whole number of its
-    products, as a float, in f[sums + i * stride + g], and the product of the two scales in
-    f[scales + i * stride + g]. x: spread int8 (see `neurons.spread`) from x_at; s_at: the group of the row's
-    scales and sums; e, g, h, i: four rows that are wanted next.
+    The rows of up at bytes a, b, c, d times one row of x, to f[out : out + 4]: from y = 0, for the groups in
+    order, y = fma(the whole number of its products, the product of its two scales, y). Groups past the last
+    have scales of zero and change nothing. x: spread int8 (see `neurons.spread`) from x_at; s_at: the group
+    of the row's scales and sums; e, g, h, i: four rows that are wanted next.
     """
     size = packing.RECORD_BYTES[quant]
     dot = simd.dot4_nibbles if quant == "q4" else simd.dot4_bytes
 
     def emit(builder: ir.IRBuilder, args: list[ir.Value]) -> None:
         w, x, xs, xn, f = args[:5]
-        places, (spans, x_at, s_at, sums, scales, stride), coming = args[5:9], args[9:15], args[15:]
+        places, (spans, x_at, s_at, out), coming = args[5:9], args[9:13], args[13:]
+        zero = simd.constant(f32x16.llvm, 0.0)
+        total = cgutils.alloca_once_value(builder, simd.constant(ir.VectorType(ir.FloatType(), ROWS), 0.0))
+        # The chain of a span runs beside the products of the next: it would wait for itself otherwise.
+        before = [cgutils.alloca_once_value(builder, zero) for _ in range(2 * ROWS)]
+
+        def add_before() -> None:
+            parts = [builder.load(part) for part in before]
+            builder.store(_chain(builder, parts[:ROWS], parts[ROWS:], builder.load(total)), total)
+
         with cgutils.for_range(builder, spans) as loop:
             span = loop.index
-            for at in coming:
-                tiles.prefetch(builder, _at(builder, w, (at, 1), (span, size)), size)
             values = _at(builder, x, (x_at, 1), (span, 512))
             fours = [simd.load(builder, _past(builder, values, 64 * j), i8x64.llvm) for j in range(8)]
             totals = simd.load(builder, _at(builder, xn, (s_at, 1), (span, 16)), i32x16.llvm)
             start = builder.mul(totals, simd.constant(i32x16.llvm, -tiles.weight_offset(quant)))
             scale = simd.load(builder, _at(builder, xs, (s_at, 1), (span, 16)), f32x16.llvm)
-            for row, at in enumerate(places):
+            wholes, scales = [], []
+            for at, next_ in zip(places, coming, strict=True):
+                tiles.prefetch(builder, _at(builder, w, (next_, 1), (span, size)), size)
                 group = tiles.load_group(builder, quant, _at(builder, w, (at, 1), (span, size)))
                 # Two chains, as in tiles.py.
                 chains = [start, simd.constant(i32x16.llvm, 0)]
                 for j, (weights, four) in enumerate(zip(group.registers, fours, strict=True)):
                     chains[j % 2] = dot(builder, chains[j % 2], weights, four)
-                real = builder.sitofp(builder.add(*chains), f32x16.llvm)
-                out = builder.mul(stride, ir.Constant(_I64, row))
-                simd.store(builder, real, _at(builder, f, (sums, 1), (out, 1), (span, 16)))
-                product = builder.fmul(group.scales, scale)
-                simd.store(builder, product, _at(builder, f, (scales, 1), (out, 1), (span, 16)))
+                wholes.append(builder.sitofp(builder.add(*chains), f32x16.llvm))
+                scales.append(builder.fmul(group.scales, scale))
+            add_before()
+            for part, place in zip(
+                _by_group(builder, wholes) + _by_group(builder, scales), before, strict=True
+            ):
+                builder.store(part, place)
+        add_before()
+        simd.store(builder, builder.load(total), _at(builder, f, (out, 1)))
 
-    return _intrinsic(5, emit, 19)
-
-
-def _emit_chain(builder: ir.IRBuilder, args: list[ir.Value]) -> None:
-    f, sums, scales, stride, spans, out = args
-    total = cgutils.alloca_once_value(builder, simd.constant(f32x16.llvm, 0.0))
-    with cgutils.for_range(builder, spans) as loop:
-        parts = []
-        for start in (sums, scales):
-            at = _at(builder, f, (start, 1), (loop.index, 16))
-            rows = [
-                simd.load(
-                    builder, builder.gep(at, [builder.mul(stride, ir.Constant(_I64, row))]), f32x16.llvm
-                )
-                for row in range(16)
-            ]
-            parts.append(transposed(builder, rows))
-        for whole, scale in zip(*parts, strict=True):
-            builder.store(simd.fma_values(builder, whole, scale, builder.load(total)), total)
-    simd.store(builder, builder.load(total), _at(builder, f, (out, 1)))
-
-
-chain = _intrinsic(1, _emit_chain, 6)
-"""chain(f, sums, scales, stride, spans, out): what `row_sums` left of 16 rows, each `stride` behind the one
-before, to 16 outputs at f[out]: y = fma(sum of group g, scales of group g, y) from y = 0, g in order. Groups
-past the last have scales of zero and change nothing."""
+    return _intrinsic(5, emit, 17)
 
 
 def rows_of_up(quant: str) -> Any:
@@ -201,8 +225,10 @@ def _load_columns(builder: ir.IRBuilder, quant: str, columns: list[ir.Value]) ->
             [simd.load(builder, _past(builder, c, half), i8x64.llvm) for c in columns] for half in (0, 64)
         ]
     else:
-        raw = [simd.nibbles(builder, simd.load(builder, c, i8x64.llvm)) for c in columns]
-        parts = [list(half) for half in zip(*raw, strict=True)]
+        # Zipped before they are cut into nibbles: half as many shuffles.
+        zipped = _zipped(builder, [simd.load(builder, c, i8x64.llvm) for c in columns])
+        low, high = zip(*(simd.nibbles(builder, v) for v in zipped), strict=True)
+        return [*low, *high]
     return [register for part in parts for register in _zipped(builder, part)]
 
 
@@ -223,23 +249,26 @@ QUAD_WORDS = 5
 
 
 def add_columns(quant: str) -> Any:
-    """add_columns(w, f, xs, routes, quads, count, sum, s_at, scales, slices, total, next,
-    next_count)
+    """add_columns(w, f, xs, routes, quads, count, sum, s_at, scales, slices, total, next, next_count,
+    next_scales)
 
     `slices` slices of the columns of one group of neurons: total[n] = fma(the sum of their products, the
     scale of n at byte `scales` of w times xs[s_at], total[n]), total in f. The neurons are `count` fours from
-    routes[quads] (QUAD_WORDS), and `sum` is the sum of the int8 of the group; the fours of the next group,
-    from routes[next], are asked for.
+    routes[quads] (QUAD_WORDS), and `sum` is the sum of the int8 of the group; what the next group wants, the
+    fours from routes[next] and its scales, is asked for.
     """
 
     def emit(builder: ir.IRBuilder, args: list[ir.Value]) -> None:
-        w, f, xs, routes, quads, count, sum_, s_at, scales, slices, total, next_, next_count = args
+        w, f, xs, routes, quads, count, sum_, s_at, scales, slices, total, next_, next_count, next_scales = (
+            args
+        )
         dot = simd.dot4_nibbles if quant == "q4" else simd.dot4_bytes
         scale = simd.broadcast(builder, builder.load(builder.gep(xs, [s_at])), 16)
         offset = builder.mul(builder.trunc(sum_, _I32), ir.Constant(_I32, -tiles.weight_offset(quant)))
         start = simd.broadcast(builder, offset, 16)
         sums = [cgutils.alloca_once(builder, i32x16.llvm) for _ in range(_BLOCKS)]
         with cgutils.for_range(builder, slices) as slice_:
+            tiles.prefetch(builder, _at(builder, w, (next_scales, 1), (slice_.index, 256)), 256)
             with cgutils.for_range(builder, next_count) as four:
                 words = _at(builder, routes, (next_, 1), (four.index, QUAD_WORDS))
                 for column in _columns(builder, quant, w, words, slice_.index):
@@ -264,7 +293,7 @@ def add_columns(quant: str) -> Any:
                 before = simd.load(builder, out, f32x16.llvm)
                 simd.store(builder, simd.fma_values(builder, real, product, before), out)
 
-    return _intrinsic(4, emit, 13)
+    return _intrinsic(4, emit, 14)
 
 
 def group_of_down(quant: str) -> Any:

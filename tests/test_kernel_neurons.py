@@ -62,8 +62,8 @@ class Case:
         return out
 
 
-def live_list(case: Case) -> Any:
-    chosen = np.flatnonzero(case.h[0, : case.count])[:16]
+def live_list(case: Case, most: int = 16) -> Any:
+    chosen = np.flatnonzero(case.h[0, : case.count])[:most]
     return np.concatenate([[99], chosen if chosen.size else [0], [0] * neurons.ROWS_AHEAD]).astype(np.int64)
 
 
@@ -78,8 +78,8 @@ def up_arguments(case: Case) -> list[Any]:
     spread = np.zeros((spans + 1) * 512, np.int8)
     neurons.spread(case.x, 0, case.groups, spread, 32)
     listed = live_list(case)
-    f = np.zeros(33 * 16 * spans + 16 + case.inner * 32, np.float32)
-    y = 33 * 16 * spans + 16
+    y = 16 + 4  # work, and some that nothing may touch
+    f = np.zeros(y + case.inner * 32, np.float32)
     f[y:] = case.y[0, : case.inner * 32]
     return [
         *(
@@ -125,6 +125,25 @@ def test_packed_neurons_unpack_to_what_they_were(quant: str) -> None:
     assert np.array_equal(up, floats(case.up))
     assert np.array_equal(down, floats(case.down))
     assert case.w.size - W_AT == neuron_packing.stored_bytes(quant, 70, 200)
+
+
+@pytest.mark.parametrize("quant", neuron_packing.QUANTS)
+def test_a_long_unit_gives_what_its_rows_give_one_by_one(quant: str) -> None:
+    case = Case(quant, 3, 90, 1056, live=200)
+    listed = live_list(case, 64)
+    count = listed.size - 1 - neurons.ROWS_AHEAD
+    assert count > 48
+    found = []
+    for size in (count, 1):
+        arguments = up_arguments(case)
+        arguments[16] = np.zeros(64 + case.inner * 32, np.float32)
+        arguments[8], arguments[18] = listed, 64
+        for first in range(1, 1 + count, size):
+            arguments[9:11] = first, size
+            neurons.add_up(*arguments)
+        found.append(arguments[16][64:])
+    inputs.same(*found)
+    assert np.count_nonzero(found[0]) == count
 
 
 @inputs.some

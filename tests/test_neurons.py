@@ -16,7 +16,7 @@ from edgert.converters.neurons import LEAST_WIDTH, with_sparsity
 from edgert.errors import FormatError, OptionError
 from edgert.format import ErtFile
 from edgert.format.tensors import neurons_name
-from edgert.kernels import neuron_packing
+from edgert.kernels import neuron_packing, neurons
 from edgert.model.forward import Forward
 from edgert.state import Weights
 from tests import kernel_inputs as inputs
@@ -71,6 +71,19 @@ def test_threads_change_no_bit(threads: int) -> None:
         dense, sparse = both(name, "q4")
         for rows in (1, 4, 20):
             inputs.same(logits(sparse, rows, threads), logits(dense, 20))
+
+
+@pytest.mark.compiled
+def test_long_units_give_the_bits_of_whole_matrices() -> None:
+    spec = replace(SMALL, layers=1, ffn_width=2600)
+    dense = inputs.tiny_weights(spec, lambda tensor: "q4")
+    sparse = one_by_one(dense)
+    expected = logits(dense, 20)
+    for rows, threads in ((1, 1), (1, 2), (3, 2)):
+        inputs.same(logits(sparse, rows, threads), expected)
+    with closing(forward(sparse, 1)) as model:
+        model.run([3])
+        assert model.fired[0] >= neurons.MANY
 
 
 def test_a_tree_gives_the_bits_of_whole_matrices() -> None:

@@ -20,9 +20,8 @@ class Firing:
         self.quads = layout.integers(config.threads * 2 * QUAD_LIST)  # per thread: of a group and the next
         self.spread = layout.groups  # the rows of x as rows of up take them
         layout.groups += MOST_ROWS * self.spans * SPAN
-        # Per thread: of 16 rows of up the sums, the scales and the result; of columns of down the
-        # sums of the outputs.
-        self.scratch, self.scratch_stride = layout.floats, max(33 * 16 * self.spans, SLICE * self.slices)
+        # Per thread: the sums of some outputs of down; or of a unit's rows of up, fewer than a slice has.
+        self.scratch, self.scratch_stride = layout.floats, SLICE * self.slices
         layout.floats += config.threads * self.scratch_stride
         # Per thread: a block of up, or 8 of down, in the order of rows16.
         stored = [t.quant for t in weights.tensors.values() if t.role in ("neurons", "rows")]

@@ -78,8 +78,9 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
         w_at=at.at,
         groups=x.groups,
         inner=b.gate.groups,
-        # Two units per thread: the longer the pieces of a column, the better memory streams them.
-        unit=-(-firing.slices // (2 * b.config.threads)),
+        # One unit per thread: the longer the pieces of a column, the better memory streams them. (One thread
+        # reads columns of 4096 outputs 1.3 times as fast whole as by halves.)
+        unit=-(-firing.slices // b.config.threads),
         h=b.gate.quantized,
         y=b.hidden.at,
         y_stride=b.hidden.stride,
