@@ -1,10 +1,7 @@
 """What is written is what is read, by us and by safetensors; and nothing is ever half written."""
 
-import errno
 import io
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,9 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from edgert.config import ACTIVATIONS, ModelSpec
-from edgert.errors import ConversionError
 from edgert.format import ErtFile, ErtWriter, ExitCalibration, declared
-from edgert.format.layout import LARGE_PAGE, PAGE, allowed_quants, page_padded, stored_bytes
+from edgert.format.layout import LARGE_PAGE, allowed_quants, page_padded, stored_bytes
 from edgert.format.verify import check
 from edgert.format.writer import Disk
 
@@ -305,145 +301,3 @@ def test_large_tensors_are_written_in_steps_that_end_at_large_pages(tmp_path: Pa
         writer.finish()
     assert all(at // LARGE_PAGE == (at + length - 1) // LARGE_PAGE for at, length in steps)
     assert sum(length == LARGE_PAGE for _, length in steps) >= writer.size // LARGE_PAGE - 2 > 4
-
-
-class FullFile(io.FileIO):
-    """A file on a disk with room for `room` bytes."""
-
-    room = 0
-
-    def write(self, data: Any) -> int:
-        self.room -= len(data)
-        if self.room < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(data)
-
-
-class FullDisk(Disk):
-    def __init__(self, room: int) -> None:
-        self.room = room
-
-    def create(self, path: Path) -> BinaryIO:
-        file = FullFile(path, "xb")
-        file.room = self.room
-        return io.BufferedWriter(file)
-
-
-@pytest.mark.parametrize("room", [0, 3 * PAGE, len(GOLDEN) - 1])
-def test_a_disk_that_fills_up_leaves_the_old_file(room: int, tmp_path: Path) -> None:
-    target = tmp_path / "m.ert"
-    target.write_bytes(b"old")
-    with pytest.raises(ConversionError, match=r"disk full .* room for 65,536 bytes") as caught:
-        write_tiny(target, FullDisk(room))
-    assert "\n" not in str(caught.value)
-    assert files(tmp_path) == ["m.ert"]
-    assert target.read_bytes() == b"old"
-
-
-def test_too_small_a_disk_is_refused_before_writing(tmp_path: Path) -> None:
-    class SmallDisk(Disk):
-        def free(self, folder: Path) -> int:
-            assert folder == tmp_path
-            return 65535
-
-    with pytest.raises(ConversionError, match="found 65,535 bytes free on its disk, expected 65,536"):
-        write_tiny(tmp_path / "m.ert", SmallDisk())
-    assert files(tmp_path) == []
-
-
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, ZeroDivisionError, SystemExit])
-def test_an_interrupted_write_leaves_nothing(failure: type[BaseException], tmp_path: Path) -> None:
-    def chunks() -> Iterator[bytes]:
-        yield b"\1"
-        raise failure
-
-    with pytest.raises(failure), ErtWriter(tmp_path / "m.ert", TINY, TINY_QUANTS) as writer:
-        writer.write("token_embedding", chunks())
-    assert files(tmp_path) == []
-
-
-def test_leaving_without_finish_leaves_nothing(tmp_path: Path) -> None:
-    with ErtWriter(tmp_path / "m.ert", TINY, TINY_QUANTS) as writer:
-        writer.write("token_embedding", bytes(288))
-        assert len(files(tmp_path)) == 1
-        assert not (tmp_path / "m.ert").exists()
-    assert files(tmp_path) == []
-
-
-def test_an_existing_file_is_replaced_with_usual_rights(tmp_path: Path) -> None:
-    target = tmp_path / "m.ert"
-    target.write_bytes(b"old")
-    usual = target.stat().st_mode
-    write_tiny(target)
-    assert target.read_bytes() == GOLDEN
-    assert target.stat().st_mode == usual
-
-
-@pytest.mark.parametrize("count", [0, 287, 289])
-def test_a_tensor_of_the_wrong_length_is_refused(count: int, tmp_path: Path) -> None:
-    with (
-        pytest.raises(ConversionError, match="bytes for token_embedding, expected 288"),
-        ErtWriter(tmp_path / "m.ert", TINY, TINY_QUANTS) as writer,
-    ):
-        writer.write("token_embedding", [b"\1"] * count)
-    assert files(tmp_path) == []
-
-
-def test_unknown_twice_written_and_unwritten_tensors_are_refused(tmp_path: Path) -> None:
-    with ErtWriter(tmp_path / "m.ert", TINY, TINY_QUANTS) as writer:
-        with pytest.raises(ConversionError, match="not a tensor of this model"):
-            writer.write("output", b"")
-        writer.write("token_embedding", bytes(288))
-        with pytest.raises(ConversionError, match="already written"):
-            writer.write("token_embedding", bytes(288))
-        with pytest.raises(ConversionError, match="no data for 11 tensors, first rope_frequencies"):
-            writer.finish()
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"quants": {}}, "no quantisation for layers.0.down"),
-        ({"quants": {**TINY_QUANTS, "output_norm": "q4"}}, "a quantisation for output_norm"),
-        ({"quants": {**TINY_QUANTS, "layers.0.q": "q5"}}, "'q5' for layers.0.q"),
-        ({"metadata": {"spec": "{}"}}, "the format's own"),
-        ({"metadata": {"source": "\ud800"}}, "not Unicode"),
-        ({"metadata": {"source": 1}}, "not Unicode"),
-        ({"metadata": {"source": "x" * (16 << 20)}}, "give less metadata"),
-        ({"tokenizer_json": b""}, "empty tokenizer"),
-    ],
-)
-def test_arguments_that_do_not_fit_are_refused(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match=said):
-        ErtWriter(tmp_path / "m.ert", **{"spec": TINY, "quants": TINY_QUANTS, **changed})
-    assert files(tmp_path) == []
-
-
-def test_paths_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="found a folder"):
-        write_tiny(tmp_path)
-    with pytest.raises(ConversionError, match="found a folder"):
-        write_tiny(Path())
-    with pytest.raises(ConversionError, match="cannot be written"):
-        write_tiny(tmp_path / "absent" / "m.ert")
-    with pytest.raises(ConversionError, match="not entered"):
-        ErtWriter(tmp_path / "m.ert", TINY, TINY_QUANTS).write("token_embedding", bytes(288))
-    assert files(tmp_path) == []
-
-
-def test_metadata_beyond_the_reserved_room_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="give it when the writer is made"):
-        write_tiny(tmp_path / "m.ert", errors="x" * 10000)
-    assert files(tmp_path) == []
-
-
-def test_a_type_with_a_minimum_is_refused_where_rows_end_inside_a_group(tmp_path: Path) -> None:
-    """There the padding could not be zeros."""
-    assert "q4m" in allowed_quants("matrix", (5, 64)) and "q4m" not in allowed_quants("matrix", (64, 70))
-    assert "q4m" in allowed_quants("expert", (3, 32, 64)) and "q4m" not in allowed_quants(
-        "expert", (3, 40, 64)
-    )
-    assert allowed_quants("router", (4, 64)) == ("f32",)
-    quants = {**TINY_QUANTS, "layers.0.q": "q4m"}
-    with pytest.raises(ConversionError, match=r"found quantisation 'q4m' for layers\.0\.q"):
-        ErtWriter(tmp_path / "m.ert", TINY, quants)

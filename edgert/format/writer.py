@@ -2,10 +2,12 @@
 
 The sizes of all tensors are known before the first byte is written, so the header's pages are
 reserved up front and tensors can come in any order. The file has its name only when it is
-complete; before that it is a temporary file beside the target, removed on any failure.
+complete; before that it is a temporary file beside the target, removed on any failure, and after a
+death that left no time for it by the next writer of the same name.
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -44,6 +46,8 @@ SLACK_PER_TENSOR: Final = 128
 
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_HASH: Final = "0" * 64
+_PART: Final = ".part"
+_TOKEN_BYTES: Final = 4  # of a temporary name, twice as many characters
 
 
 class Disk:
@@ -105,13 +109,17 @@ class ErtWriter:
         self._finished = False
         self._file: BinaryIO | None = None
         # Beside the target, so that the final rename stays within one file system.
-        self._temporary = self.path.with_name(f".{self.path.name[:40]}.{secrets.token_hex(4)}.part")
+        self._temporary = self.path.with_name(
+            f".{self.path.name[:40]}.{secrets.token_hex(_TOKEN_BYTES)}{_PART}"
+        )
 
     def __enter__(self) -> "ErtWriter":
         try:
+            self._remove_leftovers()
             free = self._disk.free(self.path.parent)
             if free >= self.size:
                 self._file = self._disk.create(self._temporary)
+                _try_lock(self._file.fileno())
                 return self
         except OSError as error:
             raise self._failure(error) from error
@@ -119,6 +127,15 @@ class ErtWriter:
             f"{self.path}: found {free:,} bytes free on its disk, expected {self.size:,}; "
             "free some space or write to another disk"
         )
+
+    def _remove_leftovers(self) -> None:
+        """Temporary files of this name that no writer holds: theirs was killed, or lost its power."""
+        length = len(self._temporary.name)
+        head = self._temporary.name[: length - 2 * _TOKEN_BYTES - len(_PART)]
+        with suppress(OSError):  # a folder that cannot be listed
+            for path in self.path.parent.iterdir():
+                if path.name.startswith(head) and path.name.endswith(_PART) and len(path.name) == length:
+                    _remove_unless_held(path)
 
     def write(self, name: str, data: Buffer | Iterable[Buffer]) -> None:
         """Write one tensor's bytes in its layout, whole or in chunks, and pad it to a page."""
@@ -265,6 +282,25 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
         except (TypeError, UnicodeEncodeError) as error:
             raise ConversionError(f"found metadata {key!r} that is not Unicode text ({error})") from None
     return dict(metadata)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Whether the file is this process's alone from now on; its end frees it, however it comes."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks, whose leftovers stay
+        return False
+    return True
+
+
+def _remove_unless_held(path: Path) -> None:
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            if _try_lock(descriptor):
+                path.unlink()
+        finally:
+            os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
