@@ -147,9 +147,6 @@ class RunState:
     def __init__(self, layout: Layout, config: EngineConfig) -> None:
         self.f: NDArray[np.float32] = np.zeros(layout.floats, np.float32)
         self.spare: NDArray[np.uint8] = np.zeros(layout.spare, np.uint8)
-        # Weights are never written, and compiled code for arrays that can be would be another.
-        self.spare_view = self.spare.view()
-        self.spare_view.flags.writeable = False
         self.xq: NDArray[np.int8] = np.zeros(layout.groups * 32, np.int8)  # quantised rows
         self.xs: NDArray[np.float32] = np.zeros(layout.groups, np.float32)  # their scales
         self.xn: NDArray[np.int32] = np.zeros(layout.groups, np.int32)  # their sums

@@ -60,7 +60,7 @@ def gate(kind, g, g_at, u, u_at, count):
         simd.store_f32(g, g_at + i, simd.mul(value, simd.load_f32(u, u_at + i)))
 
 
-@kernel(_twin.soft_cap)
+@kernel(_twin.soft_cap, inline=True)
 def soft_cap(x, x_at, count, cap):
     """x[x_at : x_at + count] <- cap tanh(x / cap), `count` a multiple of 16."""
     limit = simd.splat(cap)
@@ -68,7 +68,7 @@ def soft_cap(x, x_at, count, cap):
         simd.store_f32(x, i, capped(simd.load_f32(x, i), limit))
 
 
-@kernel(_twin.clamped_gate)
+@kernel(_twin.clamped_gate, inline=True)
 def clamped_gate(g, g_at, u, u_at, count, alpha, limit):
     """g <- g' sigmoid(alpha g') (u' + 1), g' = min(g, limit), u' = clip(u, +-limit): the gate of gpt-oss."""
     slope, high, low = simd.splat(alpha), simd.splat(limit), simd.splat(-limit)

@@ -113,7 +113,7 @@ def _add_branch_value(kind, kv, values, slab, slabs, slot, p, s, y_at):
             simd.store_f32(s, out, simd.fma(weight, v, simd.load_f32(s, out)))
 
 
-@kernel(_twin.attention)
+@kernel(_twin.attention, inline=True)
 def attention(
     kind,
     heads,

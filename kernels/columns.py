@@ -7,7 +7,7 @@ from edgert.kernels.jit import kernel
 from edgert.kernels.reference import columns as _twin
 
 
-@kernel(_twin.take_columns)
+@kernel(_twin.take_columns, inline=True)
 def take_columns(x, x_at, w, columns, count, y, y_at):
     """y[j] = x[c_j], and then x[c_j] = 0, for `count` different c_j, float32s at byte `columns` of w."""
     for j in range(count):

@@ -16,6 +16,8 @@ from edgert.kernels import atomics, matmul
 from edgert.kernels.activation import clamped_gate, gate
 from edgert.kernels.elementwise import read_f32
 from edgert.kernels.jit import inlined, jit
+from edgert.kernels.operations import operands, operation
+from edgert.kernels.program import EXPERTS
 from edgert.kernels.quantize import quantize
 from edgert.kernels.requests import (
     AHEAD,
@@ -42,7 +44,7 @@ COUNTERS = 4
 _UP, _UP_DONE, _DOWN, _DOWN_DONE = range(COUNTERS)
 
 
-@jit
+@inlined
 def publish(
     rows, layer, experts, active, chosen, weights, stride, busy, ahead, ahead_rows, control, f, routes, table
 ):
@@ -99,39 +101,14 @@ def _begin(f, at, first, last, w, biases, rows):
 
 @inlined
 def _up(
-    pool,
-    at,
-    quant,
-    groups,
-    blocks,
-    first,
-    last,
-    kind,
-    alpha,
-    limit,
-    w,
-    of_gate,
-    of_up,
-    inner_rows,
-    entry,
-    rows,
-    f,
-    x,
-    g,
-    u,
-    stride,
-    xq,
-    xs,
-    xn,
-    q,
-    h,
-    most,
-    ahead,
-):
+    run, at, quant, groups, blocks, first, last, kind, alpha, limit, of_gate, of_up, inner_rows, entry, rows,
+    x, g, u, stride, q, h, most, ahead,
+):  # fmt: skip
     """Blocks first..last-1 of gate and up for `rows` entries from `entry`, and their part of h.
 
     `first` is even: two blocks of 16 are a group of h.
     """
+    w, f = run.w, run.f
     size = groups * matmul.record_bytes(quant)
     width = groups * 32
     row_x, row_q = x + entry * width, q + entry * groups
@@ -141,25 +118,8 @@ def _up(
         _begin(f, row_u + t * stride, first * 16, last * 16, w, of_up, inner_rows)
     for part, y in ((0, row_g), (1, row_u)):
         w_at = at + part * blocks * size
-        matmul.matmul(
-            quant,
-            pool,
-            w_at,
-            groups,
-            first,
-            last,
-            rows,
-            f,
-            row_x,
-            width,
-            xq,
-            xs,
-            xn,
-            row_q,
-            y,
-            stride,
-            most,
-            ahead,
+        matmul.product(
+            run, quant, run.pool, w_at, groups, first, last, rows, row_x, width, row_q, y, stride, most, ahead
         )
     for t in range(rows):
         part = t * stride + first * 16
@@ -169,33 +129,29 @@ def _up(
             gate(kind, f, row_g + part, f, row_u + part, (last - first) * 16)
         if quant >= matmul.Q8:
             into = h + (entry + t) * (stride // 32) + first // 2
-            quantize(f, row_g + part, (last - first + 1) // 2, xq, xs, xn, into)
+            quantize(f, row_g + part, (last - first + 1) // 2, run.xq, run.xs, run.xn, into)
 
 
 @inlined
 def _down(
-    pool, at, quant, groups, first, last, w, biases, outer_rows, entry, rows, f, g, y, y_stride, xq, xs, xn,
-    h, most, ahead,
-):  # fmt: skip
+    run, at, quant, groups, first, last, biases, outer_rows, entry, rows, g, y, y_stride, h, most, ahead
+):
     """Blocks first..last-1 of down for `rows` entries from `entry`."""
     row_y, stride = y + entry * y_stride, groups * 32
     for t in range(rows):
-        _begin(f, row_y + t * y_stride, first * 16, last * 16, w, biases, outer_rows)
+        _begin(run.f, row_y + t * y_stride, first * 16, last * 16, run.w, biases, outer_rows)
     row_g, row_h = g + entry * stride, h + entry * groups
-    matmul.matmul(
+    matmul.product(
+        run,
         quant,
-        pool,
+        run.pool,
         at,
         groups,
         first,
         last,
         rows,
-        f,
         row_g,
         stride,
-        xq,
-        xs,
-        xn,
         row_h,
         row_y,
         y_stride,
@@ -205,8 +161,9 @@ def _down(
 
 
 @inlined
-def _unit(c, alpha, limit, i, w, pool, table, routes, f, xq, xs, xn):
+def _unit(run, c, alpha, limit, i):
     """Take and compute one unit of the i-th busy expert; WORKED, NOTHING to take now, or EMPTY for good."""
+    table, routes = run.table, run.routes
     word, groups, blocks, inner, outer, unit = c[3], c[4], c[5], c[6], c[7], c[8]
     kind, x, q, g, u, h = c[9], c[10], c[11], c[12], c[13], c[14]
     starts, busy, counters = c[15], c[16], c[17] + i * COUNTERS
@@ -231,8 +188,8 @@ def _unit(c, alpha, limit, i, w, pool, table, routes, f, xq, xs, xn):
         if mine < units:
             first, last = mine * unit, min(blocks, mine * unit + unit)
             _up(
-                pool, at, quant, groups, blocks, first, last, kind, alpha, limit, w, of_gate, of_up,
-                inner_rows, entry, rows, f, x, g, u, inner * 32, xq, xs, xn, q, h, c[18], c[19],
+                run, at, quant, groups, blocks, first, last, kind, alpha, limit, of_gate, of_up, inner_rows,
+                entry, rows, x, g, u, inner * 32, q, h, c[18], c[19],
             )  # fmt: skip
             atomics.fetch_add(routes, counters + _UP_DONE, 1)
             return WORKED
@@ -245,35 +202,51 @@ def _unit(c, alpha, limit, i, w, pool, table, routes, f, xq, xs, xn):
     first, last = mine * unit, min(outer, mine * unit + unit)
     down = at + 2 * blocks * groups * matmul.record_bytes(quant)
     _down(
-        pool, down, quant, inner, first, last, w, of_down, outer_rows, entry, rows, f, g, x, groups * 32, xq,
-        xs, xn, h, c[18], c[19],
-    )  # fmt: skip
+        run,
+        down,
+        quant,
+        inner,
+        first,
+        last,
+        of_down,
+        outer_rows,
+        entry,
+        rows,
+        g,
+        x,
+        groups * 32,
+        h,
+        c[18],
+        c[19],
+    )
     atomics.fetch_add(routes, counters + _DOWN_DONE, 1)
     return WORKED
 
 
-@inlined
-def run_experts(me, c, alpha, limit, w, pool, table, routes, f, xq, xs, xn):
+@operation(EXPERTS)
+def run_experts(packed, i, unit, rows, me):
     """Take units until none is left to take; every thread of the team calls this, then meets a barrier.
 
     control: of streamed experts, else below 0. alpha, limit: of a clamped gate, or a limit of 0.
     """
-    count, control = routes[c[16]], c[20]
+    run, c, alpha, limit = operands(packed, i)
+    table = run.table
+    count, control = run.routes[c[16]], c[20]
     first = 0  # all before it are empty
     idle = 0
     since = np.int64(0)
     while first < count:
         worked = False
-        i = first
-        while i < count:
-            state = _unit(c, alpha, limit, i, w, pool, table, routes, f, xq, xs, xn)
+        which = first
+        while which < count:
+            state = _unit(run, c, alpha, limit, which)
             if state == WORKED:
                 worked = True
-            elif state == EMPTY and i == first:
+            elif state == EMPTY and which == first:
                 first += 1
-                i += 1
+                which += 1
             else:
-                i += 1
+                which += 1
         if worked or first == count:
             if idle >= SPINS and me == 0 and control >= 0:
                 table[control + WAITED] += atomics.now() - since

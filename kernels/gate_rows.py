@@ -11,15 +11,16 @@ all gates, in the order of rows16, some at a time.
 import numpy as np
 
 from edgert.kernels import matmul, neuron_tiles, neurons
-from edgert.kernels.jit import jit, kernel
-from edgert.kernels.program import POSITION
+from edgert.kernels.jit import inlined, jit, kernel
+from edgert.kernels.operations import operands, operation
+from edgert.kernels.program import GATE_ROWS, POSITION
 from edgert.kernels.reference import gate_rows as _twin
 
 ALL = -1
 """In the place of how many gates are wanted."""
 
 
-@kernel(_twin.list_positive)
+@kernel(_twin.list_positive, inline=True)
 def list_positive(s, s_at, stride, rows, groups, routes, at):
     """routes[at] = how many of 32 * groups have an s above zero in any row; which, from routes[at + 1] on."""
     count = 0
@@ -34,17 +35,17 @@ def list_positive(s, s_at, stride, rows, groups, routes, at):
     routes[at] = count
 
 
-@kernel(_twin.silence)
+@kernel(_twin.silence, inline=True)
 def silence(f, g, s, count):
     """f[g : g + count] = 0 where f[s + i] is not above zero."""
     for i in range(count):
         f[g + i] = f[g + i] if f[s + i] > np.float32(0.0) else np.float32(0.0)
 
 
-# ---- units of the operations of program.py; c: the operation's row ---------------------------
+# ---- units of the operations of program.py ---------------------------------------------------
 
 
-@jit
+@inlined
 def run_predicted(c, rows, f, xq, routes, tokens, whole):
     """What the layer's gates need before their units are known; how many are wanted, or ALL.
 
@@ -73,9 +74,11 @@ def units_of_gate(c, routes):
     return max(2, ((c[6] if wanted == ALL else wanted) + size - 1) // size)
 
 
-@jit
-def run_gate(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view):
+@operation(GATE_ROWS)
+def run_gate(packed, i, unit, rows, me):
     """Some gates that are wanted, or 16 of all."""
+    run, c, _, _ = operands(packed, i)
+    w, f, xq, xs, xn, routes = run.w, run.f, run.xq, run.xs, run.xn, run.routes
     quant, w_at, groups, width, at, x, into = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
     g, stride, work, out = c[10], c[11], c[12] + me * c[13], me * c[14]
     spans = (groups + 15) // 16
@@ -84,13 +87,13 @@ def run_gate(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_vi
         first = unit * neurons.BATCH
         if first >= width:
             return
-        neurons.block_of_up(quant, w, w_at, neurons.NONE, apart, groups, unit, spare, out)
+        neurons.block_of_up(quant, w, w_at, neurons.NONE, apart, groups, unit, run.spare, out)
         for t in range(rows):
             here = g + t * stride + first
             f[here : here + neurons.BATCH] = np.float32(0.0)
-        matmul.matmul(
-            quant, spare_view, out, groups, neurons.NONE, neurons.ONE, rows, f, neurons.NONE, neurons.NONE,
-            xq, xs, xn, x, g + first, stride, c[15], c[16],
+        matmul.product(
+            run, quant, run.spare, out, groups, neurons.NONE, neurons.ONE, rows, neurons.NONE, neurons.NONE,
+            x, g + first, stride, c[15], c[16],
         )  # fmt: skip
         return
     size = neurons.batch(routes[at])
@@ -104,6 +107,6 @@ def run_gate(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_vi
         for i in range(count):
             f[row + routes[first + i]] = np.float32(0.0)
         neurons.add_up(
-            quant, w, w_at, neurons.NONE, apart, neurons.NOWHERE, table, groups, routes, first, count, xq,
+            quant, w, w_at, neurons.NONE, apart, neurons.NOWHERE, run.table, groups, routes, first, count, xq,
             into * 32 + t * spans * 512, xs, xn, x + t * groups, f, work, row,
         )  # fmt: skip

@@ -32,7 +32,7 @@ JIT: bool = not config.DISABLE_JIT
 """False under NUMBA_DISABLE_JIT=1: every kernel is then its NumPy twin."""
 
 ENTRY = "enter"
-"""The function that everything else is compiled into (execute.py): a person waits for this one."""
+"""The function that is compiled last (execute.py): where it is in the cache, everything is."""
 
 _log = logging.getLogger("edgert.kernels")
 _root: Path | None = None  # set by `use_cache_root`; None: as the environment says
@@ -183,8 +183,6 @@ class _Cache(caching.NullCache):
         except Exception as error:  # a damaged pickle can raise anything
             _log.warning("compiling %s anew: its cache entry is damaged (%s)", self._function.__name__, error)
             return None
-        if found is None and self._function.__name__ == ENTRY:
-            _log.info("compiling the kernels for this CPU, once; this takes half a minute")
         return found
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
@@ -215,20 +213,21 @@ def jit(function: Callable[..., Any]) -> Any:
 def inlined(function: Callable[..., Any]) -> Any:
     """As `jit`, for a function with one caller: compiled as a part of it.
 
-    LLVM optimises whatever a function calls once more with the function; a chain of callers that hold nearly
-    all machine code, as that from the entry to a unit, would cost that as often as it is long.
-    But what a caller costs by itself grows faster than its size: the units of neurons, inlined as well, took
-    the entry from 19 to 34 s, and compiled apart they leave it 23.
+    LLVM optimises whatever a function calls once more with the function. But numba takes long to inline a
+    large function, or one in one in one, and a caller takes longer than in proportion to its size: what is
+    large is an operation by itself (operations.py).
     """
     if not JIT:
         return function
     return numba.njit(nogil=True, error_model="numpy", inline="always")(function)
 
 
-def kernel(twin: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a kernel; where the JIT is off its NumPy twin stands in for it."""
+def kernel(twin: Callable[..., Any], inline: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a kernel, or make it `inlined`; where the JIT is off its NumPy twin stands in for it."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        return jit(function) if JIT else twin
+        if not JIT:
+            return twin
+        return inlined(function) if inline else jit(function)
 
     return decorate

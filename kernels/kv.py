@@ -37,7 +37,7 @@ def region_bytes(kind: int, capacity: int, d: int, dv: int) -> int:
     return values * 2 if kind == F16 else values + capacity * 8
 
 
-@kernel(_twin.store_f16)
+@kernel(_twin.store_f16, inline=True)
 def store_f16(kv, region, capacity, slot, d, dv, x, key_at, value_at):
     """Put a key x[key_at : +d] and a value x[value_at : +dv] into position `slot` of a region."""
     values = region + capacity * d * 2
@@ -47,7 +47,7 @@ def store_f16(kv, region, capacity, slot, d, dv, x, key_at, value_at):
         write_f16(kv, values + ((i // 16 * capacity + slot) * 16 + i % 16) * 2, x[value_at + i])
 
 
-@kernel(_twin.store_q8)
+@kernel(_twin.store_q8, inline=True)
 def store_q8(kv, region, capacity, slot, d, dv, x, key_at, value_at):
     """As `store_f16`, as int8 with one scale for the key and one for the value (max|x| / 127)."""
     values = region + capacity * d
@@ -105,7 +105,7 @@ def _store_group(kv, scale_at, first, run, step, x, at, count):
             kv[first + j * step + i] = np.uint8(low | high << 4)
 
 
-@kernel(_twin.store_q4)
+@kernel(_twin.store_q4, inline=True)
 def store_q4(kv, region, capacity, slot, d, dv, x, key_at, value_at):
     """As `store_f16`, rotated and in 4 bits with a float16 scale per group of 32.
 

@@ -1,7 +1,8 @@
 """y[t, n] += sum over k of W[n, k] * x[t, k], for blocks of 16 rows of a stored matrix."""
 
 from edgert.kernels import tiles
-from edgert.kernels.jit import jit, kernel
+from edgert.kernels.jit import inlined, jit, kernel
+from edgert.kernels.operations import OPERATIONS, PRODUCT, call
 from edgert.kernels.reference import matmul as _twin
 
 F32, F16, Q8, Q4M, Q4, Q4S, Q3, Q2 = range(8)
@@ -19,7 +20,7 @@ _small = tiles.quantized_product(*_twin.SMALL)
 _f16, _f32 = tiles.float_product("f16"), tiles.float_product("f32")
 
 
-@kernel(_twin.matmul_q4)
+@kernel(_twin.matmul_q4, inline=True)
 def matmul_q4(
     w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most=MOST, ahead=AHEAD
 ):
@@ -33,7 +34,7 @@ def matmul_q4(
     _q4(0, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead)
 
 
-@kernel(_twin.matmul_q8)
+@kernel(_twin.matmul_q8, inline=True)
 def matmul_q8(
     w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most=MOST, ahead=AHEAD
 ):
@@ -41,7 +42,7 @@ def matmul_q8(
     _q8(0, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead)
 
 
-@kernel(_twin.matmul_small)
+@kernel(_twin.matmul_small, inline=True)
 def matmul_small(
     quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most=MOST, ahead=AHEAD
 ):
@@ -53,7 +54,7 @@ def matmul_small(
     _small(quant, w, w_at, groups, first, last, rows, xq, xs, xn, x_at, y, y_at, y_stride, most, ahead)
 
 
-@kernel(_twin.matmul_f16)
+@kernel(_twin.matmul_f16, inline=True)
 def matmul_f16(w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y_stride):
     """Blocks first..last-1 of an f16 matrix at byte w_at, against float rows.
 
@@ -63,7 +64,7 @@ def matmul_f16(w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y
     _f16(w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y_stride)
 
 
-@kernel(_twin.matmul_f32)
+@kernel(_twin.matmul_f32, inline=True)
 def matmul_f32(w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y_stride):
     """As `matmul_f16`, over an f32 matrix."""
     _f32(w, w_at, groups, first, last, rows, x, x_at, x_stride, y, y_at, y_stride)
@@ -98,3 +99,18 @@ def matmul(
     else:
         kind = 0 if quant == Q4M else quant - Q4  # its place in SMALL
         matmul_small(kind, w, w_at, groups, first, last, rows, xq, xs, xn, at, f, y, y_stride, most, ahead)
+
+
+OPERATIONS[PRODUCT] = matmul
+
+
+@inlined
+def product(run, quant, w, w_at, groups, first, last, rows, x, x_stride, at, y, y_stride, most, ahead):
+    """`matmul` with the arrays of a run (operations.py), by its address."""
+    call(
+        run.operations[PRODUCT],
+        (
+            quant, w, w_at, groups, first, last, rows, run.f, x, x_stride, run.xq, run.xs, run.xn, at, y,
+            y_stride, most, ahead,
+        ),
+    )  # fmt: skip

@@ -15,6 +15,8 @@ from edgert.kernels import matmul, neuron_reads, neuron_tiles, simd
 from edgert.kernels.activation import activated
 from edgert.kernels.jit import inlined, jit, kernel
 from edgert.kernels.neuron_packing import SLICE
+from edgert.kernels.operations import operands, operation
+from edgert.kernels.program import NEURONS_DOWN, NEURONS_READ, NEURONS_UP
 from edgert.kernels.reference import neurons as _twin
 
 MOST_ROWS = 8
@@ -82,7 +84,7 @@ def activate(kind, threshold, g, g_at, count):
         simd.store_f32(g, g_at + i, simd.not_below(value, simd.splat(threshold)))
 
 
-@kernel(_twin.multiply)
+@kernel(_twin.multiply, inline=True)
 def multiply(g, g_at, u, u_at, count):
     """g[g_at : g_at + count] *= u; count: of 16."""
     for i in range(0, count, 16):
@@ -101,7 +103,7 @@ def spread(x, x_at, groups, y, y_at):
             neuron_tiles.move_four(x, x_at + group * 32 + 4 * j, y, y_at + span * 512 + j * 64 + g * 4)
 
 
-@kernel(_twin.list_live)
+@kernel(_twin.list_live, inline=True)
 def list_live(g, g_at, stride, rows, width, routes, at):
     """routes[at] = how many neurons have a g that is not zero in any row; which, from routes[at + 1] on."""
     count = 0
@@ -180,7 +182,7 @@ def _next_quads(xq, h_at, g, inner, inside, w_at, scales, bundle, word, table, r
     return g, count
 
 
-@kernel(_twin.add_down)
+@kernel(_twin.add_down, inline=True)
 def add_down(
     quant, w, w_at, word, table, groups, inner, first, last, xq, xs, xn, h_at, f, work, y, routes, quads
 ):  # fmt: skip
@@ -223,7 +225,7 @@ def block_of_up(quant, w, w_at, scales, bundle, groups, block, out, out_at):
         _block_q8(w, out, at, bundle, spans, out_at)
 
 
-@kernel(_twin.slice_of_down)
+@kernel(_twin.slice_of_down, inline=True)
 def slice_of_down(quant, w, w_at, groups, inner, which, out, out_at):
     """Outputs 128 * which .. + 127 of down as 8 blocks of rows16 of `inner` groups from out[out_at]."""
     _, _, scales, up, down = sizes(quant, groups)
@@ -237,7 +239,7 @@ def slice_of_down(quant, w, w_at, groups, inner, which, out, out_at):
             _group_q8(w, out, at, bundle, factors, out_at + g * size, inner * size)
 
 
-# ---- units of the operations of program.py; c: the operation's row ---------------------------
+# ---- units of the operations of program.py ---------------------------------------------------
 
 
 @inlined
@@ -253,9 +255,11 @@ def run_live(c, rows, f, xq, routes):
     return routes[at]
 
 
-@jit
-def run_read(c, rows, routes, table):
+@operation(NEURONS_READ)
+def run_read(packed, i, unit, rows, me):
     """Ask for what the layer needs from flash, where it comes from there."""
+    run, c, _, _ = operands(packed, i)
+    routes, table = run.routes, run.table
     word, file_at, nbytes, cluster, bundle = c[3], c[4], c[5], c[6], c[7]
     live, whole, control = c[8], c[9], c[10]
     if table[control + neuron_reads.FAILED]:
@@ -277,9 +281,11 @@ def units_of_up(c, rows, routes):
     return max(2, (routes[c[7]] + size - 1) // size)
 
 
-@jit
-def run_up(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view):
+@operation(NEURONS_UP)
+def run_up(packed, i, unit, rows, me):
     """Some neurons that fire, or 16 of all; from flash, the next that arrive, whichever those are."""
+    run, c, _, _ = operands(packed, i)
+    w, table, f, xq, xs, xn, routes = run.pool, run.table, run.f, run.xq, run.xs, run.xn, run.routes
     quant, w_at, groups, at, x, into = c[3], c[4], c[5], c[7], c[8], c[9]
     g, u, stride, work = c[10], c[11], c[12], c[13] + me * c[14]
     _, _, scales, up, down = sizes(quant, groups)
@@ -288,13 +294,26 @@ def run_up(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view
         if control >= 0 and not neuron_reads.wait_for_all(me, control, table):
             return
         out, n = me * c[15], unit * BATCH
-        block_of_up(quant, w, whole, scales, up + down, groups, unit, spare, out)
+        block_of_up(quant, w, whole, scales, up + down, groups, unit, run.spare, out)
         for t in range(rows):
             f[u + t * stride + n : u + t * stride + n + BATCH] = np.float32(0.0)
-        matmul.matmul(
-            quant, spare_view, out, groups, NONE, ONE, rows, f, NONE, NONE, xq, xs, xn, x, u + n, stride,
-            c[16], c[17],
-        )  # fmt: skip
+        matmul.product(
+            run,
+            quant,
+            run.spare,
+            out,
+            groups,
+            NONE,
+            ONE,
+            rows,
+            NONE,
+            NONE,
+            x,
+            u + n,
+            stride,
+            c[16],
+            c[17],
+        )
         for t in range(rows):
             multiply(f, g + t * stride + n, f, u + t * stride + n, BATCH)
         return
@@ -326,9 +345,11 @@ def units_of_down(c):
     return ((c[5] + 3) // 4 + c[7] - 1) // c[7]
 
 
-@jit
-def run_down(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_view):
+@operation(NEURONS_DOWN)
+def run_down(packed, i, unit, rows, me):
     """Some slices of the outputs."""
+    run, c, _, _ = operands(packed, i)
+    w, table, f, xq, xs, xn, routes = run.pool, run.table, run.f, run.xq, run.xs, run.xn, run.routes
     quant, w_at, groups, inner, size, h = c[3], c[4], c[5], c[6], c[7], c[8]
     y, y_stride, work, out = c[9], c[10], c[11] + me * c[12], me * c[13]
     word, whole = c[17], c[18]
@@ -344,9 +365,9 @@ def run_down(c, unit, rows, me, w, table, f, xq, xs, xn, routes, spare, spare_vi
             )  # fmt: skip
         return
     for which in range(first, last):
-        slice_of_down(quant, w, whole, groups, inner, which, spare, out)
+        slice_of_down(quant, w, whole, groups, inner, which, run.spare, out)
         blocks = min(8, groups * 2 - which * 8)
-        matmul.matmul(
-            quant, spare_view, out, inner, NONE, blocks, rows, f, NONE, NONE, xq, xs, xn, h, y + which * 128,
-            y_stride, c[14], c[15],
+        matmul.product(
+            run, quant, run.spare, out, inner, NONE, blocks, rows, NONE, NONE, h, y + which * 128, y_stride,
+            c[14], c[15],
         )  # fmt: skip

@@ -6,9 +6,9 @@ fewer, and meet at a barrier where the next operation needs all of them. Each un
 outputs whole and in a fixed order, so results depend neither on threads nor on who took what.
 
 Operands are indices into the arrays of a run: w (the weights, bytes), f (float32 buffers), xq, xs, xn
-(quantised rows, by group), kv (the cache, bytes), spare (weights in another order, bytes, and a view of
-them that is only read), routes (which expert takes which row, or which neurons fire, int64), and table,
-which says where in pool (bytes) each expert lies. Column 0 is the operation, column 1 what its rows are
+(quantised rows, by group), kv (the cache, bytes), spare (weights in another order, bytes), routes (which
+expert takes which row, or which neurons fire, int64), and table, which says where in pool (bytes) each
+expert lies; operations.py lists them. Column 0 is the operation, column 1 what its rows are
 (see TOKENS), column 2 whether a barrier follows; the rest is listed in FIELDS.
 """
 

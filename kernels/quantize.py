@@ -7,7 +7,7 @@ from edgert.kernels.jit import kernel
 from edgert.kernels.reference import quantize as _twin
 
 
-@kernel(_twin.trim)
+@kernel(_twin.trim, inline=True)
 def trim(x, x_at, count, least):
     """x[x_at : x_at + count] <- 0 where it is below `least` in magnitude; count: of 16."""
     limit = simd.splat(least)

@@ -37,7 +37,7 @@ def _sine_cosine(angle):
     return -c, s
 
 
-@kernel(_twin.rope_table)
+@kernel(_twin.rope_table, inline=True)
 def rope_table(position, w, frequency_at, half, magnitude, y, y_at):
     """cos into y[y_at : +half], sin into y[y_at + half : +half], times `magnitude`.
 
@@ -51,7 +51,7 @@ def rope_table(position, w, frequency_at, half, magnitude, y, y_at):
         y[y_at + half + i] = np.float32(s) * np.float32(magnitude)
 
 
-@kernel(_twin.rotate)
+@kernel(_twin.rotate, inline=True)
 def rotate(x, x_at, half, table, table_at):
     """Rotate one head x[x_at : x_at + 2 * half] in place by a row of `rope_table`."""
     for i in range(half):

@@ -23,7 +23,7 @@ def _sigmoid(x):
     return simd.div(one, simd.add(one, exp(simd.sub(simd.splat(0.0), x))))
 
 
-@kernel(_twin.affinities)
+@kernel(_twin.affinities, inline=True)
 def affinities(x, x_at, experts, w, bias, y, y_at):
     """x[e] <- sigmoid(x[e]), and y[e] <- x[e] + bias[e], which decides the choice and no weight.
 
@@ -48,7 +48,7 @@ def _group_score(y, first, size, best):
     return top if best == 1 else top + second
 
 
-@kernel(_twin.keep_groups)
+@kernel(_twin.keep_groups, inline=True)
 def keep_groups(y, y_at, experts, groups, kept, best):
     """Put all of y[y_at : +experts] out of the choice but the best `kept` of its `groups` equal parts.
 
@@ -66,7 +66,7 @@ def keep_groups(y, y_at, experts, groups, kept, best):
             y[y_at + g * size : y_at + (g + 1) * size] = OUT
 
 
-@kernel(_twin.route)
+@kernel(_twin.route, inline=True)
 def route(
     x, x_at, choice, choice_at, experts, active, sigmoid, normalized, shared_at, chosen, chosen_at, weights,
     weights_at,
@@ -95,7 +95,7 @@ def route(
         weights[weights_at + active] = np.float32(1.0)
 
 
-@kernel(_twin.group)
+@kernel(_twin.group, inline=True)
 def group(rows, active, experts, routes, chosen, sources, places, starts, busy):
     """Sort the choices of `rows` rows by expert, rows in order; all operands are places in `routes`.
 
@@ -126,7 +126,7 @@ def group(rows, active, experts, routes, chosen, sources, places, starts, busy):
     routes[starts] = 0
 
 
-@kernel(_twin.combine)
+@kernel(_twin.combine, inline=True)
 def combine(x, x_at, width, y, y_at, y_stride, routes, places, active, weights, weights_at, shared_at):
     """x[i] += the weighted sum of a row's experts, in the order of their choice whatever came first.
 

@@ -7,7 +7,7 @@ from edgert.kernels.jit import kernel
 from edgert.kernels.reference import row_sums as _twin
 
 
-@kernel(_twin.center)
+@kernel(_twin.center, inline=True)
 def center(x, x_at, width, y, y_at):
     """y = x - mean(x), over one row padded with zeros to whole vectors of 16, as y is then.
 

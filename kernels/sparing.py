@@ -10,7 +10,7 @@ UNIT = 1 << 20
 """What the shares `near` and `least` are given in: whole numbers of 1 / UNIT."""
 
 
-@kernel(_twin.spare)
+@kernel(_twin.spare, inline=True)
 def spare(x, x_at, experts, active, near, least, table, first, chosen, chosen_at, weights, weights_at):
     """Change one row's choice of experts, as `route` left it, so that fewer of them must be read.
 
@@ -62,7 +62,7 @@ def spare(x, x_at, experts, active, near, least, table, first, chosen, chosen_at
     return swapped, dropped
 
 
-@kernel(_twin.stand_in)
+@kernel(_twin.stand_in, inline=True)
 def stand_in(x, x_at, experts, active, below, table, first, chosen, chosen_at, weights, weights_at):
     """Let stand-ins take the place of some experts that are not in memory; gives for how many.
 

@@ -1,4 +1,4 @@
-"""What one unit of each operation of a program computes (see program.py)."""
+"""What one unit of each operation of a program computes (see program.py, operations.py)."""
 
 import numpy as np
 
@@ -10,13 +10,15 @@ from edgert.kernels.columns import take_columns
 from edgert.kernels.elementwise import read_f32
 from edgert.kernels.embedding import embed
 from edgert.kernels.experts import COUNTERS, publish
-from edgert.kernels.jit import inlined, jit
+from edgert.kernels.jit import jit
+from edgert.kernels.operations import operands, operation
 from edgert.kernels.program import (
     ACTIVATE,
     AHEAD,
     ATTEND,
     COMBINE,
     DIRECT,
+    EMBED,
     EXPERTS,
     FIRED,
     GATE,
@@ -57,8 +59,11 @@ from edgert.kernels.row_sums import add, center
 from edgert.kernels.sparing import spare, stand_in
 
 
-@inlined
-def _norm(c, real, t, source, w, f, xq, xs, xn):
+@operation(NORM)
+def _norm(packed, i, t, count, me):
+    run, c, real, _ = operands(packed, i)
+    w, f, xq, xs, xn = run.w, run.f, run.xq, run.xs, run.xn
+    source = run.rows[OUTPUT, t] if c[1] == OUTPUTS else t
     width, gain, groups, at, bias, centred, total = c[5], c[6], c[9], c[10], c[11], c[12], c[13]
     x, y = c[3] + source * c[4], c[7] + t * c[8]
     if centred:
@@ -73,23 +78,23 @@ def _norm(c, real, t, source, w, f, xq, xs, xn):
         quantize(f, y, groups, xq, xs, xn, at + t * groups)
 
 
-@inlined
-def _matmul(c, unit, rows, w, f, xq, xs, xn):
+@operation(MATMUL)
+def _matmul(packed, i, unit, count, me):
+    run, c, _, _ = operands(packed, i)
+    w, f = run.w, run.f
     quant, w_at, groups, blocks, size = c[3], c[4], c[5], c[6], c[7]
     x, x_stride, at, y, y_stride, bias, keep = c[8], c[9], c[10], c[11], c[12], c[13], c[14]
     most, ahead = c[15], c[16]
     first = unit * size
     last = min(blocks, first + size)
-    for t in range(rows):
+    for t in range(count):
         row = y + t * y_stride
         if keep == 0:
             f[row + first * 16 : row + last * 16] = np.float32(0.0)
         if bias >= 0:
             for n in range(first * 16, last * 16):
                 f[row + n] += read_f32(w, bias + n * 4)
-    matmul.matmul(
-        quant, w, w_at, groups, first, last, rows, f, x, x_stride, xq, xs, xn, at, y, y_stride, most, ahead
-    )
+    matmul.product(run, quant, w, w_at, groups, first, last, count, x, x_stride, at, y, y_stride, most, ahead)
 
 
 @jit
@@ -104,8 +109,10 @@ def _norm_head(f, at, d, eps, w, gain, scratch):
         f[at + i] = f[scratch + i]
 
 
-@inlined
-def _head(c, eps, unit, rows, me, w, f, kv):
+@operation(HEADS)
+def _heads(packed, i, unit, count, me):
+    run, c, eps, _ = operands(packed, i)
+    w, f, kv, rows = run.w, run.f, run.kv, run.rows
     q, q_stride, k, k_stride, v, v_stride, q_gain, k_gain = c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10]
     heads, kv_heads, d, dv, rotary, table, kind, region = (
         c[11],
@@ -143,8 +150,10 @@ def _pieces(group):
     return group // MOST_HEADS + (group % MOST_HEADS + 1) // 2
 
 
-@inlined
-def _attend(c, scale, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv):
+@operation(ATTEND)
+def _attend(packed, i, unit, rows, me):
+    run, c, scale, cap = operands(packed, i)
+    f = run.f
     q, q_stride, heads, kv_heads, d, dv, kind = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
     region, region_bytes, capacity, window, y, y_stride = c[10], c[11], c[12], c[13], c[14], c[15]
     scratch = c[16] + me * c[17]
@@ -156,49 +165,27 @@ def _attend(c, scale, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv):
     if start + MOST_HEADS > group:  # what is left after the fours: 3 is two and one
         start = group // MOST_HEADS * MOST_HEADS + (piece - group // MOST_HEADS) * 2
         count = min(2, group - start)
-    last = rows[POSITION, t] + 1
+    last = run.rows[POSITION, t] + 1
     first = max(0, last - window) if window > 0 else 0
-    here, head = rows[SEQUENCE, t] + region + shared * region_bytes, shared * group + start
+    here, head = run.rows[SEQUENCE, t] + region + shared * region_bytes, shared * group + start
     at, out = q + t * q_stride + head * d, scratch + MOST_HEADS * capacity
-    direct, queries = rows[DIRECT, t], c[18] + me * MOST_HEADS * ((d + 31) // 32)
+    direct, queries = run.rows[DIRECT, t], c[18] + me * MOST_HEADS * ((d + 31) // 32)
     slopes = c[19] + head * 4 if c[19] >= 0 else -1
     sinks = c[20] + head * 4 if c[20] >= 0 else -1
     attention(
-        kind,
-        count,
-        kv,
-        here,
-        capacity,
-        d,
-        dv,
-        f,
-        at,
-        scale,
-        first,
-        last,
-        direct,
-        paths,
-        t * PATH,
-        f,
-        scratch,
-        out,
-        xq,
-        xs,
-        xn,
-        queries,
-        cap,
-        w,
-        slopes,
-        sinks,
-    )
+        kind, count, run.kv, here, capacity, d, dv, f, at, scale, first, last, direct, run.paths, t * PATH, f,
+        scratch, out, run.xq, run.xs, run.xn, queries, cap, run.w, slopes, sinks,
+    )  # fmt: skip
     wide = width(kind, dv)
     for h in range(count):
         for i in range(dv):
             f[y + t * y_stride + (head + h) * dv + i] = f[out + h * wide + i]
 
 
-@inlined
-def _gate(c, cap, unit, f, xq, xs, xn):
+@operation(GATE)
+def _gate(packed, i, unit, rows, me):
+    run, c, _, cap = operands(packed, i)
+    f = run.f
     kind, g, u, stride, groups, at = c[3], c[4], c[5], c[6], c[7], c[8]
     pieces = (groups + GATE_GROUPS - 1) // GATE_GROUPS
     t, first = unit // pieces, unit % pieces * GATE_GROUPS
@@ -211,27 +198,31 @@ def _gate(c, cap, unit, f, xq, xs, xn):
     else:
         gate(kind, f, g + here, f, u + here, count * 32)
     if at >= 0:
-        quantize(f, g + here, count, xq, xs, xn, at + t * groups + first)
+        quantize(f, g + here, count, run.xq, run.xs, run.xn, at + t * groups + first)
 
 
 GATE_GROUPS = 64
 """Groups of one unit of GATE: 2048 activations, about 2 us of work."""
 
 
-@inlined
-def _activate(c, threshold, unit, f, rows, job):
+@operation(ACTIVATE)
+def _activate(packed, i, unit, rows, me):
+    run, c, threshold, _ = operands(packed, i)
+    f = run.f
     kind, g, stride, groups, scores = c[3], c[4], c[5], c[6], c[7]
     pieces = (groups + GATE_GROUPS - 1) // GATE_GROUPS
     t, first = unit // pieces, unit % pieces * GATE_GROUPS
     at, count = t * stride + first * 32, min(GATE_GROUPS, groups - first) * 32
-    whole = rows[POSITION, t] < job[WHOLE]
+    whole = run.rows[POSITION, t] < run.job[WHOLE]
     neurons.activate(kind, np.float32(0.0) if whole else threshold, f, g + at, count)
     if scores >= 0 and not whole:
         gate_rows.silence(f, g + at, scores + at, count)
 
 
-@inlined
-def _route(c, t, w, f, routes):
+@operation(ROUTE)
+def _route(packed, i, t, count, me):
+    run, c, _, _ = operands(packed, i)
+    w, f = run.w, run.f
     x, experts, active, normalized, shared = c[3] + t * c[4], c[5], c[6], c[7], c[8]
     choice, bias, groups = x, c[15], c[16]
     if c[13] >= 0:
@@ -246,13 +237,15 @@ def _route(c, t, w, f, routes):
     if shared >= 0:
         shared += t * c[9]
     route(
-        f, x, f, choice, experts, active, bias >= 0, normalized, shared, routes, c[10] + t * active, f,
-        c[11] + t * c[12],
+        f, x, f, choice, experts, active, bias >= 0, normalized, shared, run.routes,
+        c[10] + t * active, f, c[11] + t * c[12],
     )  # fmt: skip
 
 
-@inlined
-def _spare(c, t, table, f, routes):
+@operation(SPARE)
+def _spare(packed, i, t, count, me):
+    run, c, _, _ = operands(packed, i)
+    table, f, routes = run.table, run.f, run.routes
     experts, active, first, control = c[5], c[6], c[10], c[11]
     x, chosen, weights = c[3] + t * c[4], c[7] + t * active, c[8] + t * c[9]
     if c[13] > 0 or c[14] > 0:
@@ -265,31 +258,47 @@ def _spare(c, t, table, f, routes):
         atomics.fetch_add(table, control + STOOD_IN, replaced)
 
 
-@inlined
-def _live(c, count, f, xq, routes, job):
-    fired = neurons.run_live(c, count, f, xq, routes)
+@operation(LIVE)
+def _live(packed, i, unit, count, me):
+    run, c, _, _ = operands(packed, i)
+    fired = neurons.run_live(c, count, run.f, run.xq, run.routes)
     if fired >= 0:
-        job[FIRED] += fired
-        job[NEURONS] += c[8]
+        run.job[FIRED] += fired
+        run.job[NEURONS] += c[8]
 
 
-@inlined
-def _predicted(c, count, f, xq, routes, rows, job):
-    found = gate_rows.run_predicted(c, count, f, xq, routes, rows, job[WHOLE])
+@operation(PREDICTED)
+def _predicted(packed, i, unit, count, me):
+    run, c, _, _ = operands(packed, i)
+    job = run.job
+    found = gate_rows.run_predicted(c, count, run.f, run.xq, run.routes, run.rows, job[WHOLE])
     if count <= neurons.MOST_ROWS:
         job[GATES] += found if found >= 0 else c[8]
         job[GATED] += c[8]
 
 
-@inlined
-def _group(c, count, routes):
+@operation(GROUP)
+def _group(packed, i, unit, count, me):
+    run, c, _, _ = operands(packed, i)
+    routes = run.routes
     experts, counters = c[3], c[10]
     group(count, c[4], experts, routes, c[5], c[6], c[7], c[8], c[9])
     routes[counters : counters + experts * COUNTERS] = 0
 
 
-@inlined
-def _gather(c, t, f, xq, xs, xn, routes):
+@operation(PUBLISH)
+def _publish(packed, i, unit, count, me):
+    run, c, _, _ = operands(packed, i)
+    publish(
+        count, c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], run.job[AHEAD], c[11], run.f, run.routes,
+        run.table,
+    )  # fmt: skip
+
+
+@operation(GATHER)
+def _gather(packed, i, t, count, me):
+    run, c, _, _ = operands(packed, i)
+    f, xq, xs, xn, routes = run.f, run.xq, run.xs, run.xn, run.routes
     active, places, x, groups, y, floats = c[3], c[4], c[5] + t * c[6] * 32, c[6], c[8], c[10]
     at = c[7] + t * groups
     for r in range(active):
@@ -305,21 +314,49 @@ def _gather(c, t, f, xq, xs, xn, routes):
             xn[into + g] = xn[at + g]
 
 
-@inlined
-def _combine(c, t, f, routes):
+@operation(COMBINE)
+def _combine(packed, i, t, count, me):
+    run, c, _, _ = operands(packed, i)
+    f = run.f
     x, width, y, y_stride, active, shared = c[3] + t * c[4], c[5], c[6], c[7], c[9], c[12]
     places, weights = c[8] + t * active, c[10] + t * c[11]
     if shared >= 0:
         shared += t * c[13]
-    combine(f, x, width, f, y, y_stride, routes, places, active, f, weights, shared)
+    combine(f, x, width, f, y, y_stride, run.routes, places, active, f, weights, shared)
 
 
-@inlined
-def _take(c, t, w, f, xq, xs, xn):
+@operation(TAKE)
+def _take(packed, i, t, rows, me):
+    run, c, _, _ = operands(packed, i)
+    f, xq, xs, xn = run.f, run.xq, run.xs, run.xn
     x, groups, count, y = c[3] + t * c[4], c[5], c[8], c[9] + t * c[10]
-    take_columns(f, x, w, c[7], count, f, y)
+    take_columns(f, x, run.w, c[7], count, f, y)
     quantize(f, x, groups, xq, xs, xn, c[6] + t * groups)
     quantize(f, y, count // 32, xq, xs, xn, c[11] + t * (count // 32))
+
+
+@operation(QUANTIZE)
+def _quantize(packed, i, t, count, me):
+    run, c, least, _ = operands(packed, i)
+    x = c[3] + t * c[4]
+    if least > np.float32(0.0) and run.rows[POSITION, t] >= run.job[WHOLE]:
+        trim(run.f, x, c[5] * 32, least)
+    quantize(run.f, x, c[5], run.xq, run.xs, run.xn, c[6] + t * c[5])
+
+
+@operation(ROPE_TABLE)
+def _rope_table(packed, i, t, count, me):
+    run, c, magnitude, _ = operands(packed, i)
+    rope_table(run.rows[POSITION, t], run.w, c[3], c[4], magnitude, run.f, c[5] + t * c[4] * 2)
+
+
+@operation(EMBED)
+def _embed(packed, i, t, count, me):
+    run, c, _, _ = operands(packed, i)
+    at = c[7] + t * c[8]
+    embed(c[3], run.w, c[4], c[5], run.rows[c[6], t], run.f, at)
+    if c[9] >= 0:
+        add(run.f, at, c[5] * 32, run.f, c[9] + t * c[10])
 
 
 @jit
@@ -349,61 +386,3 @@ def units_of(c, count, routes):
     if op == EXPERTS or (op == SPARE and count > c[12]):
         return 0
     return count
-
-
-@inlined
-def run_unit(
-    c, real, cap, unit, count, me, w, pool, table, f, xq, xs, xn, kv, spare, spare_view, routes, rows, paths,
-    job,
-):  # fmt: skip
-    """Compute unit `unit` of an operation of `count` rows."""
-    op = c[0]
-    if op == MATMUL:
-        _matmul(c, unit, count, w, f, xq, xs, xn)
-    elif op == ATTEND:
-        _attend(c, real, cap, unit, rows, paths, me, w, f, xq, xs, xn, kv)
-    elif op == GATE:
-        _gate(c, cap, unit, f, xq, xs, xn)
-    elif op == NEURONS_UP:
-        neurons.run_up(c, unit, count, me, pool, table, f, xq, xs, xn, routes, spare, spare_view)
-    elif op == NEURONS_DOWN:
-        neurons.run_down(c, unit, count, me, pool, table, f, xq, xs, xn, routes, spare, spare_view)
-    elif op == GATE_ROWS:
-        gate_rows.run_gate(c, unit, count, me, w, table, f, xq, xs, xn, routes, spare, spare_view)
-    elif op == ACTIVATE:
-        _activate(c, real, unit, f, rows, job)
-    elif op == PREDICTED:
-        _predicted(c, count, f, xq, routes, rows, job)
-    elif op == LIVE:
-        _live(c, count, f, xq, routes, job)
-    elif op == NEURONS_READ:
-        neurons.run_read(c, count, routes, table)
-    elif op == NORM:
-        _norm(c, real, unit, rows[OUTPUT, unit] if c[1] == OUTPUTS else unit, w, f, xq, xs, xn)
-    elif op == HEADS:
-        _head(c, real, unit, rows, me, w, f, kv)
-    elif op == ROUTE:
-        _route(c, unit, w, f, routes)
-    elif op == GROUP:
-        _group(c, count, routes)
-    elif op == PUBLISH:
-        publish(count, c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], job[AHEAD], c[11], f, routes, table)
-    elif op == GATHER:
-        _gather(c, unit, f, xq, xs, xn, routes)
-    elif op == COMBINE:
-        _combine(c, unit, f, routes)
-    elif op == SPARE:
-        _spare(c, unit, table, f, routes)
-    elif op == TAKE:
-        _take(c, unit, w, f, xq, xs, xn)
-    elif op == QUANTIZE:
-        if real > np.float32(0.0) and rows[POSITION, unit] >= job[WHOLE]:
-            trim(f, c[3] + unit * c[4], c[5] * 32, real)
-        quantize(f, c[3] + unit * c[4], c[5], xq, xs, xn, c[6] + unit * c[5])
-    elif op == ROPE_TABLE:
-        rope_table(rows[POSITION, unit], w, c[3], c[4], real, f, c[5] + unit * c[4] * 2)
-    else:
-        at = c[7] + unit * c[8]
-        embed(c[3], w, c[4], c[5], rows[c[6], unit], f, at)
-        if c[9] >= 0:
-            add(f, at, c[5] * 32, f, c[9] + unit * c[10])

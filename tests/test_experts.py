@@ -24,6 +24,7 @@ from edgert.format.layout import page_padded
 from edgert.format.tensors import expert_name
 from edgert.kernels import experts as kernel
 from edgert.kernels import program
+from edgert.kernels.operations import pack
 from edgert.model.forward import Forward
 from edgert.state import Weights
 from tests import kernel_inputs as inputs
@@ -431,14 +432,15 @@ def test_a_thread_that_waits_for_another_leaves_the_places_of_resident_experts_a
         c[3 + program.FIELDS[program.EXPERTS].index(name)] = value
     routes = np.zeros(32, np.int64)
     routes[:2] = 1, 0  # one busy expert: number 0
-    table = np.zeros(16, np.int64)
-    bytes_, f = np.zeros(64, np.uint8), np.zeros(64, np.float32)
-    bytes_.flags.writeable = False
-    rest = (np.zeros(64, np.int8), np.zeros(8, np.float32), np.zeros(8, np.int32))
-    unclamped = np.float32(0), np.float32(0)
+    table, words, none = np.zeros(16, np.int64), np.zeros(1, np.int64), np.zeros((1, 1), np.int64)
+    reals, f, bytes_ = np.zeros((1, 2), np.float32), np.zeros(64, np.float32), np.zeros(64, np.uint8)
+    quantised = (np.zeros(64, np.int8), np.zeros(8, np.float32), np.zeros(8, np.int32))
+    arrays = (c[None], reals, bytes_, bytes_, table, f, *quantised, bytes_, bytes_, routes, none)
+    kept = (*arrays, words, words, words)
+    packed = pack(kept)
 
     routes[8:12] = 1, 1, 1, 1  # all of it is done: compiled now, not while the other thread is awaited
-    kernel.run_experts(0, c, *unclamped, bytes_, bytes_, table, routes, f, *rest)
+    kernel.run_experts(packed, 0, 0, 1, 0)
     routes[8:12] = 1, 0, 0, 0  # another thread has taken its unit of gate and up ...
 
     def finish() -> None:
@@ -447,7 +449,7 @@ def test_a_thread_that_waits_for_another_leaves_the_places_of_resident_experts_a
 
     other = threading.Thread(target=finish)
     other.start()
-    kernel.run_experts(0, c, *unclamped, bytes_, bytes_, table, routes, f, *rest)
+    kernel.run_experts(packed, 0, 0, 1, 0)
     other.join()
     np.testing.assert_array_equal(table, 0)
 

@@ -70,9 +70,7 @@ class Little:
         self.job = np.zeros(program.JOB_WORDS, np.int64)
         self.job[program.LAST] = len(code)
         rows = (np.zeros(32, np.int8), np.zeros(1, np.float32), np.zeros(1, np.int32))
-        spare_view = np.zeros(1, np.uint8)
-        spare_view.flags.writeable = False
-        empty = (*rows, np.zeros(1, np.uint8), np.zeros(1, np.uint8), spare_view)
+        empty = (*rows, np.zeros(1, np.uint8), np.zeros(1, np.uint8))
         words = np.zeros(2, np.int64)
         arrays = (np.stack(code), np.zeros((len(code), 2), np.float32), w, w, words, self.f, *empty, words)
         paths = np.zeros(program.PATH, np.int64)

@@ -81,7 +81,7 @@ class Forward:
         pool = store.arena if store else weights.data
         table = store.table if store else weights.expert_table().reshape(-1)
         held = (weights.data, pool, table)
-        buffers = (state.f, state.xq, state.xs, state.xn, self.cache.data, state.spare, state.spare_view)
+        buffers = (state.f, state.xq, state.xs, state.xn, self.cache.data, state.spare)
         rows = (state.routes, state.rows, state.paths, self._job)
         self.team = Team(config.threads, (code, reals, *held, *buffers, *rows), len(code))
         # Where a layer's experts are computed: with streamed ones a forward can be cut there.

@@ -1,0 +1,56 @@
+"""Operations as functions of their own: none is missing, and what they are given is what is there."""
+
+import numpy as np
+import pytest
+
+from edgert.kernels import execute, operations, program
+from edgert.kernels.operations import OPERATIONS, PRODUCT, Run, pack
+
+
+def arrays() -> dict[str, np.ndarray]:
+    """Small arrays of a run, each with its own numbers."""
+    found = {}
+    for k, (name, kind) in enumerate(zip(Run._fields[1:], operations._KINDS[1:], strict=True)):
+        shape = (2, 3 + k) if kind.ndim == 2 else (4 + k,)
+        found[name] = np.full(shape, k, kind.dtype.name)
+    return found
+
+
+def test_every_operation_of_a_program_has_a_function() -> None:
+    assert execute.enter is not None  # the import that enters them
+    assert set(OPERATIONS) == set(program.FIELDS) | {PRODUCT}
+    assert sorted(OPERATIONS) == list(range(len(OPERATIONS)))
+
+
+@pytest.mark.compiled
+def test_an_unpacked_run_is_the_arrays_that_were_packed() -> None:
+    from edgert.kernels.jit import jit
+
+    @jit
+    def add_up(packed, totals):  # type: ignore[no-untyped-def]
+        run = operations.unpack(packed)
+        totals[0] = run.code.sum()
+        totals[1] = run.xq.sum() + run.rows[1, run.rows.shape[1] - 1]
+        totals[2] = run.tickets[run.tickets.size - 1] + run.reals[1, run.reals.shape[1] - 1]
+        totals[3] = run.w.sum() + run.kv.size + run.xn.sum()
+        run.job[2] = 77
+
+    kept = arrays()
+    totals = np.zeros(4, np.int64)
+    add_up(pack(list(kept.values())), totals)
+    assert totals.tolist() == [
+        kept["code"].sum(),
+        kept["xq"].sum() + kept["rows"][-1, -1],
+        kept["tickets"][-1] + kept["reals"][-1, -1],
+        kept["w"].sum() + kept["kv"].size + kept["xn"].sum(),
+    ]
+    assert kept["job"].tolist().count(77) == 1
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    "wrong", [np.zeros(4, np.float64), np.zeros((2, 2), np.float32), np.zeros(8, np.float32)[::2]]
+)
+def test_an_array_of_another_kind_is_not_packed(wrong: np.ndarray) -> None:
+    with pytest.raises(AssertionError, match="f is"):
+        pack(list((arrays() | {"f": wrong}).values()))
