@@ -33,7 +33,7 @@ NARROWINGS: Final = (0.0, 0.04, 0.08)
 # Steps and starts of the lines, as shares of the range.
 LINES: Final = [((1 - below - above) / 15, below) for below in NARROWINGS for above in NARROWINGS]
 # Weights in one call of a kernel; its NumPy twin needs some ten times as many bytes.
-CHUNK_WEIGHTS: Final = 1 << 18
+CHUNK_WEIGHTS: Final = 1 << 17
 
 
 class Search(NamedTuple):

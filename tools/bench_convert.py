@@ -7,7 +7,8 @@ interpreter with llama-cpp-python and gguf. llama.cpp's own converter is a scrip
 package brings; what stands in for it (llama_cpp_convert.py) does its least work: every tensor is copied as
 it is, q and k in another order. So the sum for llama.cpp is rather too small.
 
-Each program runs in a process of its own, on as many threads as it takes by itself. `resident` is the
+Each program runs in a process of its own, on as many threads as it takes by itself; our kernels are compiled
+before. `resident` is the
 most memory its process held, mapped pages of files among them; `own` is the most without these, looked at
 50 times a second. Files are read from the page cache where it holds them: the folder is read once before.
 """
@@ -194,6 +195,10 @@ def main() -> None:
     with (folder / "model.safetensors").open("rb") as file:
         while file.read(1 << 24):
             pass
+    compile_kernel = (
+        "import numpy; from edgert.converters.quantize import quantize as q; q(numpy.eye(32, 32), 'q4')"
+    )
+    subprocess.run([sys.executable, "-c", compile_kernel], check=True, cwd=ROOT)
     print("| program | type | seconds | CPU seconds | resident, MiB | own, MiB | written, MiB |")
     print("|---|---|---|---|---|---|---|")
     found = []
