@@ -1,6 +1,6 @@
 """The up and down of a feed-forward, neuron by neuron (kernels/neuron_packing.py), from any source."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -24,11 +24,15 @@ SLAB_WEIGHTS: Final = 1 << 20
 """Weights of one slab, as in pipeline.py."""
 
 Sparsity = str | float
-"""One of SPARSITIES, a share of activations, or "teal:" and a share of inputs (calibration/inputs.py)."""
+"""One of SPARSITIES, a share of activations, "core:" and a share of neurons (model/cores.py), or "teal:"
+or "skip:" and another (calibration/inputs.py)."""
 SPARSITIES: Final = ("auto", "exact", "none")
 MOST_ZEROS: Final = 0.9
 """The largest share of zeros that can be asked for. At 0.5 a model of 8B has lost a quarter of its reasoning
 (Sirius, arXiv:2409.03856, table 1); what more costs can be seen in the perplexity."""
+
+CORE: Final = "core"
+"""Before a share of neurons: those that a sequence goes on with behind its prompt."""
 
 _Pair = tuple[NDArray[np.int8], NDArray[np.float16]]
 
@@ -37,6 +41,25 @@ class _Rows(Protocol):
     """What is needed of a WeightSource (pipeline.py)."""
 
     def rows(self, name: str, slab_rows: int) -> Iterator[NDArray[np.float32] | Codes]: ...
+
+
+def share_of(sparsity: object, ways: Sequence[str]) -> tuple[str, float] | None:
+    """The way, one of these, and the share in "core:0.3"; None for another sparsity.
+
+    OptionError unless the share is above 0 and up to MOST_ZEROS.
+    """
+    way, colon, number = sparsity.partition(":") if isinstance(sparsity, str) else ("", "", "")
+    if way not in ways or not colon:
+        return None
+    try:
+        share = float(number)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= MOST_ZEROS:
+        raise OptionError(
+            f"sparsity is {sparsity!r}; expected a share above 0 and up to {MOST_ZEROS}, like {way}:0.4"
+        )
+    return way, share
 
 
 def with_sparsity(
@@ -48,21 +71,21 @@ def with_sparsity(
 ) -> ModelSpec:
     """The spec of a model stored neuron by neuron, where that is wanted; OptionError where it cannot be.
 
-    A share of zeros needs a calibration, which finds the threshold for it. predictors: the rank of each
-    layer's; with them neurons are wanted.
+    A share of zeros needs a calibration, which finds the threshold for it; a core one, whose text tells what
+    it costs. predictors: the rank of each layer's; with them neurons are wanted.
     """
+    core = share_of(sparsity, (CORE,))
     if predictors:
         if sparsity not in ("auto", "exact"):
             raise OptionError(f"sparsity is {sparsity} with predictors; expected auto or exact")
         sparsity = "exact"
     zeros = spec.activation in SPARSE_ACTIVATIONS
-    if isinstance(sparsity, int | float):
-        if not 0 < sparsity <= MOST_ZEROS:
-            raise OptionError(f"sparsity is {sparsity}; expected a share above 0 and up to {MOST_ZEROS}")
+    if isinstance(sparsity, int | float) and not 0 < sparsity <= MOST_ZEROS:
+        raise OptionError(f"sparsity is {sparsity}; expected a share above 0 and up to {MOST_ZEROS}")
+    if core is not None or isinstance(sparsity, int | float):
         if not calibrated:
-            raise OptionError(
-                f"sparsity is {sparsity}, which needs a text to find its threshold; give calibrate"
-            )
+            use = "say what it costs" if core is not None else "find its threshold"
+            raise OptionError(f"sparsity is {sparsity}, which needs a text to {use}; give calibrate")
         zeros = True
     elif sparsity not in SPARSITIES:
         raise OptionError(
@@ -74,13 +97,15 @@ def with_sparsity(
     fits = quant in neuron_packing.QUANTS and not other
     if sparsity not in ("auto", "none") and not (zeros and fits):
         found = other or f"{spec.activation} in {quant}"
+        kinds = "" if zeros else f" with {' or '.join(SPARSE_ACTIVATIONS)}"
         raise OptionError(
-            f"sparsity is {sparsity} for a model with {found}; expected a dense one with "
-            f"{' or '.join(SPARSE_ACTIVATIONS)} in {' or '.join(neuron_packing.QUANTS)}"
+            f"sparsity is {sparsity} for a model with {found}; expected a dense one{kinds} in "
+            f"{' or '.join(neuron_packing.QUANTS)}"
         )
     worth = sparsity != "auto" or spec.width >= LEAST_WIDTH
     neurons = zeros and fits and worth and sparsity != "none"
-    return replace(spec, neurons=neurons, predictors=predictors if neurons else ())
+    share = core[1] if core is not None else 0.0
+    return replace(spec, neurons=neurons, predictors=predictors if neurons else (), core=share)
 
 
 def neuron_clusters(

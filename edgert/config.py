@@ -43,7 +43,7 @@ _OF_BLOCKS = (
     *("learned_positions", "alibi", "attention_cap", "logit_cap"),
 )
 _SPECIAL = (
-    *("part", "exits", "neurons", "predictors", "sinks", "outliers"),
+    *("part", "exits", "neurons", "predictors", "core", "sinks", "outliers"),
     *(*_OF_EXPERTS, *_OF_BLOCKS, *_OF_LATENTS),
 )
 """Fields of ModelSpec that most files leave out, so that an older edgert still reads those."""
@@ -89,6 +89,7 @@ class ModelSpec:
     dense_layers: tuple[int, ...] = ()  # of a model with experts: layers with a feed-forward instead
     neurons: bool = False  # up and down lie neuron by neuron, so that only those that fire are read
     predictors: tuple[int, ...] = ()  # of neurons: per layer the rank of what foretells them; 0, (): none
+    core: float = 0.0  # of neurons: the share that a prompt leaves to what follows it; 0: all
     outliers: int = 0  # columns of every matrix of a layer that are stored apart, more precisely
     block: Block = "pre"  # where the norms of a layer are
     shared_norm: bool = False  # of a parallel block: one norm for attention and feed-forward
@@ -188,10 +189,18 @@ class ModelSpec:
             raise ValueError(f"predictors is {ranks!r} for {self.layers} layers, expected a rank for each")
         if any(type(r) is not int or not 0 <= r <= MOST_RANK or r % 32 for r in ranks):
             raise ValueError(f"predictors is {ranks!r}, expected multiples of 32 up to {MOST_RANK}")
+        if type(self.core) not in (int, float) or not 0 <= self.core < 1:
+            raise ValueError(f"core is {self.core!r}, expected a share from 0 and below 1")
+        if self.core and (ranks or not self.neurons):
+            raise ValueError(f"core is {self.core} with predictors or without neurons, expected 0")
 
     def predictor(self, layer: int) -> int:
         """The rank of a layer's predictor; 0 where it has none."""
         return self.predictors[layer] if self.predictors else 0
+
+    def gate_rows(self, layer: int) -> bool:
+        """Whether the gate of a layer is stored row by row, as not all of it may be read."""
+        return self.core > 0 or self.predictor(layer) > 0
 
     @property
     def first_layer(self) -> int:
@@ -366,8 +375,9 @@ class EngineConfig:
     tiling: Tiling = Tiling()
     thresholds: tuple[float, ...] = ()  # per layer: activations below it are zero; () for none
     inputs: tuple[tuple[float, ...], ...] = ()  # per layer and place: inputs below it are zero; () for none
-    predict: bool = False  # gates of neurons that the file's predictors take for silent are not read
-    exact: bool = False  # thresholds and predictors are for drafts alone
+    # Gates of neurons that the file's predictors take for silent, or that are not in the core, are not read.
+    predict: bool = False
+    exact: bool = False  # thresholds, predictors and cores are for drafts alone
     slots: int = 0  # experts, or neurons, held in memory while the others stay in the file; 0: all, mapped
 
 

@@ -56,7 +56,7 @@ class TokenSequence:
             )
         # The last token must be computed in any case: its logits are what is wanted.
         shared = common_prefix(self.tokens[: self.forward.cache.length], prompt[:-1])
-        self.forward.cache.rewind(shared)
+        shared = self.forward.resume(shared)
         self.tokens = list(prompt)
         self.prompt, self.sampler = self.tokens[:], sampler
         return shared
@@ -72,6 +72,11 @@ class TokenSequence:
         return len(self.tokens) - self.forward.cache.length
 
     @property
+    def prompting(self) -> bool:
+        """Whether the prompt is not computed yet, or not all of it."""
+        return len(self.tokens) == len(self.prompt) and self.pending > 0
+
+    @property
     def full(self) -> bool:
         """Whether the context has no room for the pending tokens."""
         return len(self.tokens) > self.forward.cache.limit
@@ -82,12 +87,19 @@ class TokenSequence:
         return self.sampler.params.max_tokens - (len(self.tokens) - len(self.prompt))
 
     def run_pending(self) -> NDArray[np.float32] | None:
-        """Compute the next chunk of pending tokens; logits [V] after the last of them, else None."""
+        """Compute the next chunk of pending tokens; logits [V] after the last of them, else None.
+
+        With them the prompt is through, whatever follows.
+        """
         start = self.forward.cache.length
         chunk = self.tokens[start : start + self.forward.config.chunk]
         complete = start + len(chunk) == len(self.tokens)
         logits = self.forward.run(chunk, outputs=[len(chunk) - 1] if complete else [])
-        return logits[0] if complete else None
+        if not complete:
+            return None
+        self.forward.freeze()
+        last: NDArray[np.float32] = logits[0]
+        return last
 
     def choose(self, logits: NDArray[np.float32], path: Sequence[int] = ()) -> Choice:
         """The token that follows the sequence, or the sequence and `path`, given its logits [V]."""

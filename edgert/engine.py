@@ -49,15 +49,18 @@ class Engine:
             return []
         return self.decoder.step(self.sequence)
 
-    def logits(self, tokens: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+    def logits(self, tokens: Sequence[int], prompt: int | None = None) -> Iterator[NDArray[np.float32]]:
         """Logits after each token, from an empty cache: float32 [rows, V] pieces of up to MAX_OUTPUTS.
 
-        A piece is a view, valid until the next: a whole text's logits can be larger than the model.
+        prompt: how many of them are the prompt; None for all. A piece is a view, valid until the next: a
+        whole text's logits can be larger than the model.
         """
         forward = self.forward
         self.sequence.clear()
         forward.cache.room_for(len(tokens))
         size = min(forward.config.chunk, MAX_OUTPUTS)
-        for start in range(0, len(tokens), size):
-            rows = tokens[start : start + size]
-            yield forward.run(rows, outputs=range(len(rows)))
+        for part in (tokens,) if prompt is None else (tokens[:prompt], tokens[prompt:]):
+            for start in range(0, len(part), size):
+                rows = part[start : start + size]
+                yield forward.run(rows, outputs=range(len(rows)))
+            forward.freeze()

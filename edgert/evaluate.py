@@ -17,7 +17,7 @@ class Evaluation:
     perplexity: float  # per token
     bits_per_byte: float
     tokens: int  # predicted
-    bytes: int  # of UTF-8 text
+    bytes: int  # of UTF-8 text, without what was given
     documents: int
 
 
@@ -43,26 +43,39 @@ def read_documents(path: Path, last: int | None = None) -> list[str]:
 
 
 def evaluate(
-    model: Model, documents: Sequence[str], progress: Callable[[int, int], None] | None = None
+    model: Model,
+    documents: Sequence[str],
+    progress: Callable[[int, int], None] | None = None,
+    prompt: int = 1,
 ) -> Evaluation:
     """Score every document by itself; a long one in windows of the context that do not overlap.
 
-    The first token of a window has nothing before it and is not counted. progress(done, total)
-    counts documents.
+    prompt: so many tokens at the start of a window are given, and counted is how the rest is predicted; the
+    first has nothing before it in any case. A file with cores takes them for the prompt that these are of.
+    progress(done, total) counts documents. Raises UsageError where there is nothing to predict.
     """
+    cores = model.spec.core > 0 and model.config.predict
+    if cores and prompt < 2:
+        raise UsageError(
+            "this file goes on with the neurons that a prompt used most; give the number of tokens that are "
+            "the prompt, like 64, or sparsity none"
+        )
     loss, tokens, size = 0.0, 0, 0
     for index, document in enumerate(documents):
         ids = model.tokenizer.encode(document)
         size += len(document.encode())
         for start in range(0, len(ids), model.config.context):
             window = ids[start : start + model.config.context]
-            if len(window) > 1:
-                loss -= float(model.log_likelihoods(window).sum())
-                tokens += len(window) - 1
+            if len(window) > prompt:
+                given = model.log_likelihoods(window, prompt if cores else None)
+                loss -= float(given[prompt - 1 :].sum())
+                tokens += len(window) - prompt
+            size -= len(model.tokenizer.decode(window[1:prompt]).encode())
         if progress:
             progress(index + 1, len(documents))
     if not tokens:
-        raise UsageError("the text is shorter than two tokens; there is nothing to predict")
+        least = "two" if prompt == 1 else str(prompt + 1)
+        raise UsageError(f"the text is shorter than {least} tokens; there is nothing to predict")
     return Evaluation(math.exp(loss / tokens), loss / math.log(2) / size, tokens, size, len(documents))
 
 

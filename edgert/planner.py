@@ -69,12 +69,14 @@ def buffer_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     row += spec.active_experts * (spec.width + 2 * spec.expert_width + 8) + 2 * spec.experts
     row += spec.width if spec.shared_width else 0
     rank = max(spec.predictors, default=0)
-    row += rank + (spec.ffn_width if rank else 0)
+    row += rank + (spec.ffn_width if rank or spec.core else 0)
     quantized = width - spec.width + mixed + inner
     quantized += spec.active_experts * (spec.width + spec.expert_width) + rank
     logits = MAX_OUTPUTS * (spec.vocab + (2 if spec.held_exits else 1) * spec.width)
     scratch = config.threads * MOST_HEADS * (config.context + spec.head_dim + 48)
-    return 4 * (config.chunk * row + logits + scratch) + config.chunk * quantized * 5 // 4
+    cores = config.sequences * spec.layers * spec.ffn_width if spec.core else 0
+    # Of a core its scores, its counts, and the newest token's: 9 bytes (model/cores.py).
+    return 4 * (config.chunk * row + logits + scratch) + config.chunk * quantized * 5 // 4 + 9 * cores
 
 
 def cache_bytes(spec: ModelSpec, config: EngineConfig) -> int:

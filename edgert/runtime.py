@@ -68,8 +68,8 @@ def load(
     defaults.
 
     sparsity: of a file converted with a share of zeros, "auto" takes its small activations, or inputs, for
-    zero, and of
-    one with predictors the neurons that they expect to be silent, which is not exact; "none" computes them.
+    zero, of one with predictors the neurons that they expect to be silent, and of one with cores those that
+    the prompt did not use most, which is not exact; "none" computes them.
     draft "sparse" makes up for it: the model with zeros guesses, and what it would say
     without is what counts.
 
@@ -83,6 +83,11 @@ def load(
         _check_whole(file)
     elif draft is not None:
         raise OptionError("draft and handoff both say how tokens come about; give one of them")
+    elif file.spec.core and sparsity == "auto":
+        raise OptionError(
+            f"{file.path} goes on with the neurons that its prompt used most, which a hand-off cannot; give "
+            "sparsity none"
+        )
     guesses = None
     if draft is not None:
         guesses = drafting(
@@ -110,13 +115,14 @@ def load(
         draft_bytes=guesses.nbytes if guesses else 0,
         streamed=_parts(file),
     )
-    if file.spec.neurons and sparsity == "auto":
-        exact = guesses is not None and "sparse" in guesses.names
-        thresholds = file.sparsity.thresholds if file.sparsity is not None else ()
-        config = replace(config, thresholds=thresholds, predict=bool(file.spec.predictors), exact=exact)
-    if file.inputs is not None and sparsity == "auto":
-        exact = guesses is not None and "sparse" in guesses.names
-        config = replace(config, inputs=file.inputs.thresholds, exact=exact)
+    if sparsity == "auto":
+        config = replace(
+            config,
+            thresholds=file.sparsity.thresholds if file.spec.neurons and file.sparsity is not None else (),
+            inputs=file.inputs.thresholds if file.inputs is not None else (),
+            predict=bool(file.spec.predictors or file.spec.core),
+            exact=guesses is not None and "sparse" in guesses.names,
+        )
     if handoff is not None:
         return Model(file, config, make_decoder(file, handoff), streaming)
     return Model(file, config, guesses.decoder(file.spec) if guesses else None, streaming)
@@ -203,19 +209,23 @@ class Model:
             at += len(piece)
         return result
 
-    def log_likelihoods(self, tokens: Sequence[int]) -> NDArray[np.float64]:
-        """Natural log-probability of each token but the first, given those before it: float64 (T - 1,)."""
+    def log_likelihoods(self, tokens: Sequence[int], prompt: int | None = None) -> NDArray[np.float64]:
+        """Natural log-probability of each token but the first, given those before it: float64 (T - 1,).
+
+        prompt: how many of the tokens are the prompt, which in a file with cores says what the others are
+        computed with; None for all of them.
+        """
         ids = self._checked(tokens)
         result: list[float] = []
-        for piece in self._pieces(ids):
+        for piece in self._pieces(ids, prompt):
             for row, token in zip(piece, ids[len(result) + 1 :], strict=False):
                 result.append(log_probability(row, token))
         return np.array(result)
 
-    def _pieces(self, ids: list[int]) -> Iterator[NDArray[np.float32]]:
+    def _pieces(self, ids: list[int], prompt: int | None = None) -> Iterator[NDArray[np.float32]]:
         with self._turns.take():
             self._turns.latest = None
-            yield from self._engine.logits(ids)
+            yield from self._engine.logits(ids, prompt)
 
     def close(self) -> None:
         """End the threads and give the file back."""

@@ -2,6 +2,8 @@
 
     s = W_out (W_in x) + b;    g[n] = W_gate[n] x where s[n] > 0, and 0 elsewhere
 
+Or of those in the core of a row's sequence, whose scores s are then made once (edgert/model/cores.py).
+
 The gate's rows lie one by one (the `rows1` layout), each as a row of up in neuron_packing.py. Several rows of
 x read the gates that any of them wants; what only another row wanted is then silenced, so that a row's result
 does not depend on the rows beside it. Rows that are computed whole, and more than `neurons.MOST_ROWS`, take
@@ -13,7 +15,7 @@ import numpy as np
 from edgert.kernels import matmul, neuron_tiles, neurons
 from edgert.kernels.jit import inlined, jit, kernel
 from edgert.kernels.operations import operands, operation
-from edgert.kernels.program import GATE_ROWS, POSITION
+from edgert.kernels.program import GATE_ROWS, PARTIAL
 from edgert.kernels.reference import gate_rows as _twin
 
 ALL = -1
@@ -46,15 +48,21 @@ def silence(f, g, s, count):
 
 
 @inlined
-def run_predicted(c, rows, f, xq, routes, tokens, whole):
+def run_predicted(c, rows, f, xq, routes, tokens):
     """What the layer's gates need before their units are known; how many are wanted, or ALL.
 
-    tokens: see program.py; whole: positions below it want all.
+    tokens: see program.py; rows that are computed whole want all.
     """
     x, groups, into, s, stride, width, at = c[3], c[4], c[5], c[6], c[7], c[8], c[9]
+    cores, cores_stride = c[10], c[11]
     every = rows > neurons.MOST_ROWS
     for t in range(rows):
-        every |= tokens[POSITION, t] < whole
+        sequence = tokens[PARTIAL, t]
+        every |= sequence < 0
+        if cores >= 0 and sequence >= 0:
+            core, own = cores + sequence * cores_stride, s + t * stride
+            for n in range(width):
+                f[own + n] = f[core + n]
     if rows <= neurons.MOST_ROWS:  # LIVE leaves the spreading to this
         spans = (groups + 15) // 16
         for t in range(rows):

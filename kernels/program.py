@@ -104,7 +104,7 @@ FIELDS = {
         *("layer", "experts", "active", "chosen", "weights", "weights_stride", "busy", "ahead", "control"),
     ),
     ACTIVATE: ("kind", "g", "stride", "groups", "scores"),
-    PREDICTED: ("x", "groups", "spread", "scores", "stride", "width", "live"),
+    PREDICTED: ("x", "groups", "spread", "scores", "stride", "width", "live", "cores", "cores_stride"),
     GATE_ROWS: (
         *("quant", "w_at", "groups", "width", "live", "x", "spread", "g", "stride"),
         *("scratch", "scratch_stride", "spare_stride", "most", "ahead"),
@@ -153,7 +153,8 @@ FIELDS = {
     EXPERTS     the experts of all entries, in place of their x (experts.py); no units
                                                                         (real, cap: of a clamped gate, or 0)
     COMBINE     x[t] += the weighted sum of the entries of row t
-    PREDICTED   which neurons have a score above zero, and x as GATE_ROWS takes it; one unit (gate_rows.py)
+    PREDICTED   which neurons have a score above zero, and x as GATE_ROWS takes it; where cores >= 0 the
+                scores of row t are those of its sequence's core; one unit (gate_rows.py)
     GATE_ROWS   g[t] = W_gate x[t] for these neurons, or for all
     ACTIVATE    g[t] = act(g[t]), or 0 below the threshold, or where the score is not above zero
                                                                       (real: threshold)
@@ -166,19 +167,20 @@ Buffers hold one row per token at their stride. A row is padded with zeros to wh
 """
 
 # The job of one execution.
-FIRST, LAST, ROWS, WANTED, AHEAD, WHOLE, FIRED, NEURONS, GATES, GATED = range(10)
-JOB_WORDS = 10
+FIRST, LAST, ROWS, WANTED, AHEAD, FIRED, NEURONS, GATES, GATED = range(9)
+JOB_WORDS = 9
 """FIRST, LAST: operations; ROWS: tokens; WANTED: output rows; AHEAD: rows for which
-experts are predicted; WHOLE: positions below it keep what is under a threshold and
-neurons that are predicted to be silent; FIRED, NEURONS: counted on, the neurons that were computed and those
+experts are predicted; FIRED, NEURONS: counted on, the neurons that were computed and those
 there were where single ones could be; GATES, GATED: of these the gates, where they are predicted."""
 
 # Rows of the int64 array that describes the tokens of a forward.
-TOKEN, POSITION, SLOT, SEQUENCE, DIRECT, OUTPUT = range(6)
-TOKEN_WORDS = 6
+TOKEN, POSITION, SLOT, SEQUENCE, DIRECT, OUTPUT, PARTIAL = range(7)
+TOKEN_WORDS = 7
 """TOKEN, POSITION: its id, and its place in its sequence; SLOT: where its key and value go; SEQUENCE: the
 byte where the cache of its sequence starts; DIRECT: positions below it lie in their own slots, those from
-it on in the slots of the row's `paths`; OUTPUT: (of the first WANTED columns) the row to give."""
+it on in the slots of the row's `paths`; OUTPUT: (of the first WANTED columns) the row to give; PARTIAL: the
+number of its sequence, or -1 for a row that is computed whole: it keeps what is below a threshold, neurons
+that are predicted to be silent, and those outside of a core."""
 PATH = 64
 """Length of a row of `paths`: slots of the ancestors of a tree node, itself last; the deepest tree."""
 

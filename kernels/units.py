@@ -37,6 +37,7 @@ from edgert.kernels.program import (
     NORM,
     OUTPUT,
     OUTPUTS,
+    PARTIAL,
     PATH,
     POSITION,
     PREDICTED,
@@ -48,7 +49,6 @@ from edgert.kernels.program import (
     SLOT,
     SPARE,
     TAKE,
-    WHOLE,
 )
 from edgert.kernels.quantize import quantize, trim
 from edgert.kernels.requests import DROPPED, STOOD_IN, SWAPPED
@@ -213,7 +213,7 @@ def _activate(packed, i, unit, rows, me):
     pieces = (groups + GATE_GROUPS - 1) // GATE_GROUPS
     t, first = unit // pieces, unit % pieces * GATE_GROUPS
     at, count = t * stride + first * 32, min(GATE_GROUPS, groups - first) * 32
-    whole = run.rows[POSITION, t] < run.job[WHOLE]
+    whole = run.rows[PARTIAL, t] < 0
     neurons.activate(kind, np.float32(0.0) if whole else threshold, f, g + at, count)
     if scores >= 0 and not whole:
         gate_rows.silence(f, g + at, scores + at, count)
@@ -271,7 +271,7 @@ def _live(packed, i, unit, count, me):
 def _predicted(packed, i, unit, count, me):
     run, c, _, _ = operands(packed, i)
     job = run.job
-    found = gate_rows.run_predicted(c, count, run.f, run.xq, run.routes, run.rows, job[WHOLE])
+    found = gate_rows.run_predicted(c, count, run.f, run.xq, run.routes, run.rows)
     if count <= neurons.MOST_ROWS:
         job[GATES] += found if found >= 0 else c[8]
         job[GATED] += c[8]
@@ -339,7 +339,7 @@ def _take(packed, i, t, rows, me):
 def _quantize(packed, i, t, count, me):
     run, c, least, _ = operands(packed, i)
     x = c[3] + t * c[4]
-    if least > np.float32(0.0) and run.rows[POSITION, t] >= run.job[WHOLE]:
+    if least > np.float32(0.0) and run.rows[PARTIAL, t] >= 0:
         trim(run.f, x, c[5] * 32, least)
     quantize(run.f, x, c[5], run.xq, run.xs, run.xn, c[6] + t * c[5])
 

@@ -12,12 +12,14 @@ from edgert.state import Weights
 from tests import kernel_inputs as inputs
 
 
-def one_by_one(dense: Weights, predictors: tuple[int, ...] = (), bias: Any = None) -> Weights:
+def one_by_one(
+    dense: Weights, predictors: tuple[int, ...] = (), bias: Any = None, core: float = 0.0
+) -> Weights:
     """The same weights, up and down neuron by neuron.
 
-    predictors: ranks of random predictors, whose scores get `bias` [F].
+    predictors: ranks of random predictors, whose scores get `bias` [F]. core: as of the spec.
     """
-    spec = replace(dense.spec, neurons=True, predictors=predictors)
+    spec = replace(dense.spec, neurons=True, predictors=predictors, core=core)
     tensors: dict[str, StoredTensor] = {}
     parts: list[Any] = []
     at = 0
@@ -61,12 +63,13 @@ def codes(weights: Weights, tensor: StoredTensor) -> tuple[Any, Any]:
 
 
 def without_gates(dense: Weights, kept: Any) -> Weights:
-    """The weights with a gate of zeros for neurons that are not `kept`, bool [F]."""
+    """The weights with a gate of zeros for neurons that are not `kept`, bool [F], or [L, F]."""
     data = dense.data.copy()
+    kept = np.broadcast_to(kept, (dense.spec.layers, dense.spec.ffn_width))
     for tensor in dense.tensors.values():
         if tensor.name.endswith(".gate"):
             values, scales = codes(dense, tensor)
-            values[~kept] = 0
+            values[~kept[int(tensor.name.split(".")[1])]] = 0
             packed = packing.pack(tensor.quant, values, scales).reshape(-1)
             data[tensor.offset : tensor.offset + tensor.nbytes] = packed
     data.flags.writeable = False

@@ -3,14 +3,16 @@
     bench_sparsity.py shape [--shape NAME] [--zeros 0.85,0.6] [--predicted 2.1] [--rank R] [--layers N] [-t N]
     bench_sparsity.py model FOLDER [--quant q4] [-t THREADS] [-r ROUNDS]
     bench_sparsity.py quality FOLDER --calibrate TEXT --text TEXT [--last 200] [--shares 0.25,0.4,0.5,0.6]
+    bench_sparsity.py quality FOLDER --calibrate TEXT --text TEXT --ways core --shares 0.6,0.4 [--prompt 64]
 
 `shape`: random weights of a published shape, their gates planted so that a chosen share of the activations is
 zero: how often a neuron fires follows the family's target (FIRING). With --predicted also with predictors,
 planted to expect so many times the neurons that fire, and those among them: only the time is that of
 a real one, of which `edgert inspect` says how many it expects. `model`: a Hugging Face model with ReLU,
 converted both ways; greedy generation must give the same tokens. Rounds are interleaved; medians are shown.
-`quality`: perplexity with ever more activations (CATS) or inputs (TEAL) taken for zero, and what verification
-makes of it: the same greedy tokens as without, and how many are kept of a guess.
+`quality`: perplexity with ever more activations (CATS) or inputs (TEAL) taken for zero, or of what follows
+the first tokens of each text with ever fewer neurons, those that these used most; and what verification makes
+of it: the same greedy tokens as without, and how many are kept of a guess.
 """
 
 from __future__ import annotations
@@ -228,12 +230,16 @@ def quality(args: argparse.Namespace) -> dict:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "m.ert"
-        ways = [("cats", share) for share in args.shares] + [("teal", share) for share in args.shares]
+        ways = [(way, share) for way in args.ways for share in args.shares]
         for way, share in [("whole", 0.0), *ways]:
-            sparsity = {"whole": "none", "cats": share, "teal": f"teal:{share}"}[way]
+            sparsity = "none" if way == "whole" else share if way == "cats" else f"{way}:{share}"
             edgert.convert(args.folder, path, args.quant, sparsity=sparsity, calibrate=args.calibrate)
+            row = {"way": way, "share": share}
             with edgert.load(path, threads=args.threads) as model:
-                row = {"way": way, "zeros": share, "perplexity": evaluate(model, documents).perplexity}
+                prompt = args.prompt if way == "core" else 1
+                row["perplexity"] = evaluate(model, documents, prompt=prompt).perplexity
+                if way == "whole" and "core" in args.ways:
+                    row["behind_prompt"] = evaluate(model, documents, prompt=args.prompt).perplexity
             if share:
                 row |= corrected(path, prompts, args.threads)
             rows.append(row)
@@ -307,6 +313,8 @@ def main() -> None:
     sub.add_argument("--text", type=Path, required=True)
     sub.add_argument("--last", type=int, default=200)
     sub.add_argument("--prompts", type=int, default=20, help="texts that are gone on with")
+    sub.add_argument("--ways", type=lambda t: t.split(","), default=["cats", "teal"], help="cats, teal, core")
+    sub.add_argument("--prompt", type=int, default=64, help="tokens of a text that its core is of")
     sub.add_argument(
         "--shares", type=lambda t: [float(p) for p in t.split(",")], default=[0.25, 0.4, 0.5, 0.6]
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from edgert import converters
 from edgert.calibration.firing import Firings
-from edgert.calibration.inputs import wanted, write_with_inputs
+from edgert.calibration.inputs import WAYS, write_with_inputs
 from edgert.calibration.sensitivity import Sensitivity
 from edgert.calibration.statistics import ExpertUses, Floats, Grams
 from edgert.calibration.text import DEFAULT_TOKENS, Text, read_text
@@ -23,7 +23,7 @@ from edgert.converters import ConversionReport, Progress
 from edgert.converters.budget import Choice, assign
 from edgert.converters.hottest_first import Firing
 from edgert.converters.hub import local
-from edgert.converters.neurons import Sparsity
+from edgert.converters.neurons import Sparsity, share_of
 from edgert.errors import ConversionError, OptionError
 from edgert.format import ErtFile
 from edgert.format.layout import allowed_quants, stored_bytes
@@ -61,7 +61,7 @@ def convert(
     model; the report says what it would be. Raises what `converters.convert` raises, and UsageError for
     the text.
     """
-    inputs = wanted(sparsity)
+    inputs = share_of(sparsity, WAYS)
     if inputs is not None:
         if calibrate is None:
             raise OptionError(

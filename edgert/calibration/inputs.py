@@ -40,23 +40,6 @@ WAYS: Final = ("teal", "skip")
 """What a share can be of: weights that meet zeros, or feed-forwards that are left out (skipping.py)."""
 
 
-def wanted(sparsity: object) -> tuple[str, float] | None:
-    """The way and the share in "teal:0.4"; None for another sparsity.
-
-    OptionError unless the share is above 0 and up to 0.9.
-    """
-    way, colon, number = sparsity.partition(":") if isinstance(sparsity, str) else ("", "", "")
-    if way not in WAYS or not colon:
-        return None
-    try:
-        share = float(number)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 0.9:
-        raise OptionError(f"sparsity is {sparsity!r}; expected a share above 0 and up to 0.9, like {way}:0.4")
-    return way, share
-
-
 def write_with_inputs(converted: Path, out: Path, text: Path, way: str, share: float) -> None:
     """Find the thresholds for a share in a converted file, and write it with them to `out`."""
     with ErtFile.open(converted) as file:

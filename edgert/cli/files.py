@@ -17,7 +17,7 @@ from edgert.calibration.verify import check_source, verify_conversion
 from edgert.cli.options import FILE, size_text, trust_text
 from edgert.config import DOWN, LEFT_OUT, QUANTS, Quant, QuantSpec
 from edgert.converters import ConversionReport, split
-from edgert.converters.neurons import SPARSITIES, Sparsity
+from edgert.converters.neurons import CORE, SPARSITIES, Sparsity
 from edgert.errors import ConversionError, UsageError
 from edgert.format import ErtFile
 from edgert.format.exits import EXITS_KEY
@@ -35,14 +35,14 @@ class SparsityType(click.ParamType[Sparsity]):
 
     def convert(self, value: Sparsity, param: click.Parameter | None, ctx: click.Context | None) -> Sparsity:
         """The value of the option."""
-        if value in SPARSITIES or str(value).startswith(tuple(f"{way}:" for way in WAYS)):
+        if value in SPARSITIES or str(value).startswith(tuple(f"{way}:" for way in (CORE, *WAYS))):
             return value
         try:
             return float(value)
         except ValueError:
             words = ", ".join(SPARSITIES)
             self.fail(
-                f"{value!r}; expected one of {words}, or a share of zeros like 0.4, teal:0.4 or skip:0.2"
+                f"{value!r}; expected one of {words}, or a share like 0.4, core:0.4, teal:0.4 or skip:0.2"
             )
 
 
@@ -105,10 +105,11 @@ class SparsityType(click.ParamType[Sparsity]):
     type=SparsityType(),
     default="auto",
     show_default=True,
-    metavar="auto|exact|none|SHARE|teal:SHARE|skip:SHARE",
+    metavar="auto|exact|none|SHARE|core:SHARE|teal:SHARE|skip:SHARE",
     help="Store the feed-forward neuron by neuron, so that those that do not fire are not read: where many "
     "activations are exactly zero (ReLU, 512 wide or more), or an error where that cannot be, or never. A "
-    "SHARE like 0.4 takes so many of the smallest activations for zero, teal:SHARE inputs of all products "
+    "SHARE like 0.4 takes so many of the smallest activations for zero, core:SHARE goes on with so many of "
+    "the neurons, those that the prompt used most, teal:SHARE takes inputs of all products for zero, "
     "so that such a share of the weights meets zeros, skip:SHARE leaves out so many of the feed-forwards, if "
     "they change that little: not exact, needs --calibrate, and says what it costs.",
 )
@@ -331,6 +332,8 @@ def inspect_command(file: Path, as_json: bool) -> None:
         _print_sparsity(sparsity)
     if predictors is not None:
         _print_predictors(predictors, ranks)
+    if spec.get("core"):
+        print(f"  cores, {spec['core']:.0%} of the neurons: behind a prompt only those that it used most")
     if inputs is not None:
         _print_inputs(inputs)
     for t in tensors:

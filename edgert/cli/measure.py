@@ -181,16 +181,26 @@ def _markdown(rows: Sequence[BenchRow]) -> str:
 @click.argument("file", type=FILE)
 @click.option("--text", "text_file", type=FILE, required=True, help='A text, or .jsonl of {"text": ...}.')
 @click.option("--last", type=int, help="Only the last so many documents.")
+@click.option(
+    "--prompt",
+    type=int,
+    default=1,
+    help="Tokens at the start of each document that are given, not predicted: for a file with cores, the "
+    "prompt that these are of. [default: 1]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @engine_options
 @sparsity_option
-def eval_command(file: Path, text_file: Path, last: int | None, as_json: bool, **options: Any) -> None:
+def eval_command(
+    file: Path, text_file: Path, last: int | None, prompt: int, as_json: bool, **options: Any
+) -> None:
     """Perplexity and bits per byte of a model on a text."""
-    if last is not None and last < 1:
-        raise UsageError(f"--last is {last}; expected at least 1")
+    for name, value in (("--last", last), ("--prompt", prompt)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; expected at least 1")
     documents = read_documents(text_file, last)
     with load(file, **options) as model:
-        result = evaluate(model, documents, _progress if sys.stderr.isatty() else None)
+        result = evaluate(model, documents, _progress if sys.stderr.isatty() else None, prompt)
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
         return

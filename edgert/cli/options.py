@@ -51,7 +51,7 @@ def sparsity_option(function: Command) -> Command:
         type=click.Choice(["auto", "none"]),
         default="auto",
         show_default=True,
-        help="Of a file converted with a share of zeros: none computes the small activations too.",
+        help="Of a file converted with a share of zeros, predictors or cores: none computes all of it.",
     )(function)
 
 

@@ -191,7 +191,7 @@ def _feed_forward(spec: ModelSpec, layer: int) -> Iterator[TensorDecl]:
         ffn, prefix = spec.shared_width, "shared_"
     if spec.neurons:
         rank = spec.predictor(layer)
-        yield TensorDecl("gate", (ffn, width), "rows" if rank else "matrix")
+        yield TensorDecl("gate", (ffn, width), "rows" if spec.gate_rows(layer) else "matrix")
         if rank:
             yield _matrix("predictor_in", rank, width)
             yield _matrix("predictor_out", ffn, rank)

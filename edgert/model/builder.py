@@ -76,6 +76,7 @@ class Builder:
         layout.groups += config.threads * MOST_HEADS * (padded(spec.head_dim) // 32)
         layout.groups += SPAN  # rows of up take the scales of x by spans, past the end of the last row
         self.feed_forwards: dict[int, tuple[int, int]] = {}  # their operations, by layer
+        self.contributions: dict[int, int] = {}  # by layer: where act(gate) * up is there, neuron by neuron
         self.trims: dict[tuple[int, int], int] = {}  # the operations that make small inputs zero
         self._code: list[NDArray[np.int64]] = []
         self._reals: list[tuple[float, float]] = []

@@ -33,7 +33,11 @@ class Firing:
                 padded(spec.ffn_width) + 1 + ROWS_AHEAD
             )  # gates that are, and which
             self.scores = layout.rows(config.chunk, spec.ffn_width)  # [T, F] above zero: expected to fire
+        if config.predict and spec.predictors:
             self._inner = layout.rows(config.chunk, max(spec.predictors), quantized=True)  # [T, rank]
+        if config.predict and spec.core:
+            self.cores = layout.floats  # [S, L, F] scores, above zero for what is in a core
+            layout.floats += config.sequences * spec.layers * padded(spec.ffn_width)
 
     def inner(self, rank: int) -> Rows:
         """The rows between the two matrices of a predictor."""

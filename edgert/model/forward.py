@@ -4,8 +4,10 @@ Decode is one row, prefill chunks of rows, a token tree rows with parents, an ea
 range; keys and values are appended in every case.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +20,11 @@ from edgert.kernels import program
 from edgert.kv_cache import KvCache
 from edgert.model import layer_of
 from edgert.model.builder import Builder
+from edgert.model.cores import Cores
 from edgert.model.placing import place
 from edgert.model.routing import MOST_FORESEEN
 from edgert.neurons import NeuronStore
-from edgert.state import MAX_OUTPUTS, Rows, RunState, Weights
+from edgert.state import MAX_OUTPUTS, Rows, RunState, Weights, padded
 from edgert.team import Team
 from edgert.waits import Waits
 
@@ -71,8 +74,19 @@ class Forward:
         self._hidden, self._chosen, self._logits = builder.hidden, builder.chosen, builder.logits
         self.state = state = RunState(builder.layout, config)
         self.waits = Waits()
-        # Positions below it keep the activations under the thresholds of the configuration.
+        self.cores: Cores | None = None
+        self._countings: dict[int, Callable[[int], None]] = {}  # as `watch`, of those of a prompt
+        if self.spec.core and config.predict:
+            size = config.sequences, self.spec.layers, padded(self.spec.ffn_width)
+            at = builder.firing.cores
+            scores = state.f[at : at + math.prod(size)].reshape(size)
+            self.cores = Cores(self.spec, scores[:, :, : self.spec.ffn_width])
+            self._countings = {
+                at: partial(self._count, layer, builder.gate) for layer, at in builder.contributions.items()
+            }
+        # Positions below it are computed whole, whatever the thresholds of the configuration.
         self.whole = EVERYWHERE_WHOLE if config.exact else WHOLE_AT_START
+        self._approximate = bool(config.thresholds or config.inputs or config.predict)
         # Called with its rows before an operation runs, all that it reads being there: for calibration.
         self.watch: dict[int, Callable[[int], None]] = {}
         self._job = np.zeros(program.JOB_WORDS, np.int64)
@@ -137,10 +151,13 @@ class Forward:
         if not goes_on:
             rows[program.TOKEN, :count] = tokens
             place(self.state, self.cache, count, parents, behind, sequences)
+            if self.cores is not None:
+                self.cores.begin(sequences or [0] * count, self.cache.lengths, parents is not None)
+            if self._approximate:
+                self._choose_partial(count, sequences)
         rows[program.OUTPUT, : len(outputs)] = outputs
         # One by one: assigning to a list of indices costs as much as a layer of a small model.
         job[program.ROWS], job[program.WANTED] = count, len(outputs)
-        job[program.WHOLE] = self.whole
         if hidden is not None:
             self.hidden[:] = hidden
             self._execute(0, self._embed)
@@ -154,6 +171,8 @@ class Forward:
         if parents is None and not goes_on:
             for sequence in sequences or [0] * count:
                 self.cache.lengths[sequence] += 1
+        if self.cores is not None:
+            self.cores.end()
         self._left = count, last, tuple(self.cache.lengths)
         return self.hidden if head is None else self._rows(self._logits, len(outputs))[:, : self.spec.vocab]
 
@@ -165,6 +184,21 @@ class Forward:
         count = len(rows)
         self.cache.keep([self.cache.length + row for row in rows])
         self.state.tree = [path[count:] for path in self.state.tree[count:]]
+
+    def resume(self, shared: int, sequence: int = 0) -> int:
+        """Rewind a sequence, for another prompt of which `shared` positions are cached; to how many.
+
+        To fewer where its core would else not be that of this prompt alone.
+        """
+        if self.cores is not None:
+            shared = self.cores.resume(shared, sequence)
+        self.cache.rewind(shared, sequence)
+        return shared
+
+    def freeze(self, sequence: int = 0) -> None:
+        """The prompt of a sequence is through: where the configuration has cores, it goes on with its own."""
+        if self.cores is not None:
+            self.cores.freeze(sequence)
 
     @property
     def hidden(self) -> NDArray[np.float32]:
@@ -227,10 +261,23 @@ class Forward:
                 "leave there; give them"
             )
 
+    def _choose_partial(self, count: int, sequences: Sequence[int] | None) -> None:
+        """Which rows are computed whole: see program.PARTIAL."""
+        rows, of = self.state.rows, np.array(sequences or [0] * count)
+        partial = rows[program.POSITION, :count] >= self.whole
+        if self.cores is not None:
+            partial &= np.array(self.cores.frozen)[of]
+        rows[program.PARTIAL, :count] = np.where(partial, of, -1)
+
+    def _count(self, layer: int, gate: Rows, count: int) -> None:
+        """Tell the cores what the neurons of a layer add to its output."""
+        assert self.cores is not None
+        self.cores.see(layer, self._rows(gate, count)[:, : self.spec.ffn_width])
+
     def _execute(self, first: int, last: int) -> None:
         # Where rows are computed whole too, thresholds make the others' inputs of down zero.
         count = int(self._job[program.ROWS])
-        if self._left_out and self.state.rows[program.POSITION, :count].min() >= self.whole:
+        if self._left_out and self.state.rows[program.PARTIAL, :count].min() >= 0:
             for start, end in self._left_out:
                 if first <= start and end <= last:
                     self._execute_all(first, start)
@@ -239,11 +286,14 @@ class Forward:
 
     def _execute_all(self, first: int, last: int) -> None:
         store = self.store
-        for watched in sorted(i for i in self.watch if first <= i < last):
+        watch = self.watch
+        if self.cores is not None and self.cores.counting:
+            watch = watch | self._countings
+        for watched in sorted(i for i in watch if first <= i < last):
             if watched > first:
                 self._dispatch(first, watched)
             of_tokens = self.code[watched, 1] == program.TOKENS
-            self.watch[watched](int(self._job[program.ROWS if of_tokens else program.WANTED]))
+            watch[watched](int(self._job[program.ROWS if of_tokens else program.WANTED]))
             first = watched
         if store and (self.waits.idle is not None or not store.streaming.overlap):
             # Somebody has other work for the time of a wait: come back before each layer's experts.

@@ -11,10 +11,11 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
     """hidden += W_down (act(W_gate x) * W_up x), of the neurons that fire."""
     spec, at, tiling = b.spec, b.weights.neurons(index), b.config.tiling
     firing, rank, control = b.firing, b.spec.predictor(index), -1 if b.control is None else b.control
-    predicted = rank > 0 and b.config.predict
+    by_rows = spec.gate_rows(index)
+    predicted = by_rows and b.config.predict
     if predicted:
-        _predict(b, index, x, firing.inner(rank))
-    if rank:
+        _predict(b, index, x, firing.inner(rank) if rank else None)
+    if by_rows:
         _gate_rows(b, index, x, firing.wanted if predicted else -1)
     else:
         b.linear(f"layers.{index}.gate", x, b.gate)
@@ -71,6 +72,7 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
         whole=at.whole,
         control=control,
     )
+    b.contributions[index] = b.position
     b.quantize(b.gate)
     b.add(
         program.NEURONS_DOWN,
@@ -95,11 +97,15 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
     )
 
 
-def _predict(b: Builder, index: int, x: Rows, inner: Rows) -> None:
-    """Which neurons are expected to fire: those with a score above zero, W_out (W_in x) + b."""
-    firing, name = b.firing, f"layers.{index}"
-    b.linear(f"{name}.predictor_in", x, inner)
-    b.linear(f"{name}.predictor_out", b.quantize(inner), firing.scores)
+def _predict(b: Builder, index: int, x: Rows, inner: Rows | None) -> None:
+    """Which neurons are wanted: those with a score above zero.
+
+    It is W_out (W_in x) + b, by way of `inner`; or, without that, what the core of a row's sequence says.
+    """
+    firing, name, stride = b.firing, f"layers.{index}", b.firing.scores.stride
+    if inner is not None:
+        b.linear(f"{name}.predictor_in", x, inner)
+        b.linear(f"{name}.predictor_out", b.quantize(inner), firing.scores)
     b.add(
         program.PREDICTED,
         x=x.quantized,
@@ -109,6 +115,8 @@ def _predict(b: Builder, index: int, x: Rows, inner: Rows) -> None:
         stride=firing.scores.stride,
         width=b.spec.ffn_width,
         live=firing.wanted,
+        cores=-1 if inner is not None else firing.cores + index * stride,
+        cores_stride=b.spec.layers * stride,
     )
 
 

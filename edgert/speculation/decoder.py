@@ -59,7 +59,8 @@ class Speculation:
             return self._plain(sequence) if self._quiet < TIMED else self._unguessed.step(sequence)
         depth = min(sequence.wanted - 1, sequence.forward.cache.limit - len(sequence.tokens))
         asked = self.controller.asked() if depth > 0 else []
-        if sequence.pending > 1 or not (asked or self._tree):
+        counting = sequence.forward.cores is not None and sequence.prompting
+        if sequence.pending > 1 or counting or not (asked or self._tree):
             self._tally.fallback_steps += sequence.pending == 1
             return self._plain(sequence)
         began = time.perf_counter()

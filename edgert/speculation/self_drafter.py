@@ -73,7 +73,7 @@ class ExitDrafter(SelfDrafter):
 
 
 class SparseDrafter(SelfDrafter):
-    """All layers, with activations below the file's thresholds taken for zero (Sirius, arXiv:2409.03856).
+    """All layers, without small activations, or what else the file leaves out (Sirius, arXiv:2409.03856).
 
     For an engine that is `exact`: what is verified and kept is computed whole, so the output is the whole
     model's, and the sparse one's errors only cost guesses.

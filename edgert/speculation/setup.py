@@ -119,7 +119,8 @@ def drafting(
             names.append("exit")
         elif one == "sparse":
             thresholds = target.sparsity is not None and any(target.sparsity.thresholds)
-            if not thresholds and not target.spec.predictors and target.inputs is None:
+            foretold = target.spec.predictors or target.spec.core
+            if not thresholds and not foretold and target.inputs is None:
                 raise OptionError(
                     f"{target.path} has no thresholds to draft with; convert the model again with a share of "
                     "zeros, --sparsity 0.4 --calibrate TEXT, or one with ReLU with --predictor FILE"
