@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgert.converters.hf_config import read_object, shown
 from edgert.converters.quantize import Codes
+from edgert.converters.source_bytes import read_bytes
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
 
 WEIGHTS: Final = "model.safetensors"
@@ -123,21 +124,7 @@ class SourceTensor:
 
     def read(self, start: int, nbytes: int) -> bytes:
         """Bytes start.. of the tensor."""
-        # Opened anew each time: a model of 200 shards would need as many descriptors otherwise.
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset + start)
-                raw = file.read(nbytes)
-        except OSError as error:
-            raise ConversionError(
-                f"{self.path}: cannot be read ({error.strerror}); check the file and its disk"
-            ) from None
-        if len(raw) != nbytes:
-            raise ConversionError(
-                f"{self.path}: found {len(raw)} bytes of {self.name}, expected {nbytes}; "
-                "the file shrank while it was read, convert again"
-            )
-        return raw
+        return read_bytes(self.path, self.offset + start, nbytes, self.name)
 
 
 @dataclass(frozen=True, slots=True)

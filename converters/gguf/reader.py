@@ -21,6 +21,7 @@ from edgert.converters.gguf.layout import TensorType
 from edgert.converters.gguf.types import TYPES
 from edgert.converters.hf_config import shown
 from edgert.converters.quantize import Codes
+from edgert.converters.source_bytes import read_bytes
 from edgert.errors import ConversionError, NotAModelError, UnsupportedError
 
 MAGIC: Final = b"GGUF"
@@ -90,20 +91,7 @@ class GgufTensor:
         return (weights.floats() if isinstance(weights, Codes) else weights).reshape(-1)
 
     def _read(self, start: int, nbytes: int) -> bytes:
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.offset + start)
-                raw = file.read(nbytes)
-        except OSError as error:
-            raise ConversionError(
-                f"{self.path}: cannot be read ({error.strerror}); check the file and its disk"
-            ) from None
-        if len(raw) != nbytes:
-            raise ConversionError(
-                f"{self.path}: found {len(raw)} bytes of {self.name}, expected {nbytes}; "
-                "the file shrank while it was read, convert again"
-            )
-        return raw
+        return read_bytes(self.path, self.offset + start, nbytes, self.name)
 
 
 @dataclass(frozen=True, slots=True)
