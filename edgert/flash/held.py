@@ -1,11 +1,11 @@
 """What is not streamed: read into memory, so that the budget counts what is there."""
 
-import mmap
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgert.flash.memory import large_pages
 from edgert.flash.reading import Reading, Span, read_and_measure
 from edgert.flash.source import Source
 from edgert.format import ErtFile, StoredTensor
@@ -23,7 +23,7 @@ def read_held(
     read here is what the plan counted. Raises ModelFileError where a tensor cannot be read.
     """
     held = [t for t in file.tensors.values() if t.role != streamed and t.name != TOKENIZER]
-    memory = mmap.mmap(-1, sum(page_padded(t.nbytes) for t in held))
+    memory = large_pages(sum(page_padded(t.nbytes) for t in held))
     spans, tensors = _spans(held, memoryview(memory))
     reading, _ = read_and_measure(source, spans)
     return np.frombuffer(memory, np.uint8), tensors, reading

@@ -9,7 +9,6 @@ the program when it is whole. So the order of arrival is free, and no result dep
 """
 
 import hashlib
-import mmap
 import os
 import threading
 import time
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from edgert.errors import ChecksumError, EdgertError, ModelFileError
 from edgert.flash.config import Streaming
 from edgert.flash.governor import Governor
+from edgert.flash.memory import large_pages
 from edgert.flash.pace import Pace
 from edgert.flash.policy import Policy
 from edgert.flash.predict import Predictor
@@ -80,7 +80,7 @@ class SegmentStore:
         self._policy, self._predictor, self._order = policy, predictor, order
         self.slot_bytes = largest(index)
         # Pages of memory that belong to nobody yet: resident only as slots fill.
-        self._memory = mmap.mmap(-1, slots * self.slot_bytes)
+        self._memory = large_pages(slots * self.slot_bytes)
         self.arena: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8)  # [slots * slot_bytes]
         self.arena.flags.writeable = False  # for the program, as a mapped file is
         self.ring = Ring(index)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgert.config import QUANTS, ModelSpec
 from edgert.errors import EdgertError, ModelFileError
 from edgert.flash import FileSource, Reading, Source, Streaming
+from edgert.flash.memory import large_pages
 from edgert.flash.reading import Span, read_all, read_span
 from edgert.flash.streamed import Parts
 from edgert.format import StoredTensor
@@ -80,7 +81,7 @@ class NeuronStore:
         scales = _scales_bytes(spec, self._sizes[0])
         first_scales = max(page_padded(tensor.nbytes) for tensor in self._tensors)
         self._first_slot = first_scales + len(self._tensors) * scales
-        self._memory = mmap.mmap(-1, page_padded(self._first_slot + slots * self._slot))
+        self._memory = large_pages(page_padded(self._first_slot + slots * self._slot))
         self._pool: NDArray[np.uint8] = np.frombuffer(self._memory, np.uint8)
         self.arena = self._pool.view()
         self.arena.flags.writeable = False  # for the program, as a mapped file is
