@@ -1,58 +1,44 @@
 """One damaged file per rule of docs/format.md; the error must name exactly that rule."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from edgert.config import ModelSpec
-from edgert.errors import ChecksumError, FormatError, ModelFileError, VersionError
-from edgert.format import ErtFile, ErtWriter, declared
+from edgert.errors import FormatError
+from edgert.format import ErtFile
 from edgert.format.header import MAX_HEADER
-from edgert.format.layout import PAGE, QUANTIZED
+from edgert.format.layout import PAGE
 from edgert.format.rules import Rule
-from edgert.format.validate import read_contents
-from edgert.format.verify import check, verify
-
-SPEC = ModelSpec("llama", 2, 8, 2, 1, 4, 16, 20, 64, 1e-5, eos_ids=(2,), exits=(1,))
-CALIBRATION = {
-    "temperature": 1.25,
-    "confidence": [0, 0.5, 0.9],
-    "tokens": [4, 0, 8],
-    "agreed": [1, 0, 8],
-}
-METADATA = {"source": "test", "exits": json.dumps({"1": CALIBRATION})}
-EXPERTS = ModelSpec(
-    *("mixtral", 2, 8, 2, 1, 4, 16, 20, 64, 1e-5),
-    experts=3,
-    active_experts=2,
-    expert_width=9,
-    dense_layers=(1,),
-    exits=(1,),
+from tests.damaged_files import (
+    CALIBRATION,
+    EXPERTS,
+    NORM,
+    PREDICTED,
+    SPEC,
+    WORTH,
+    Damage,
+    Draft,
+    Q,
+    calibration,
+    drop,
+    edit,
+    exits,
+    extra_page,
+    firing,
+    hole,
+    inputs,
+    metadata,
+    off_page_header,
+    overlap,
+    shift_all,
+    spec,
+    stranger,
+    text,
+    valid_bytes,
+    with_length,
+    worth,
 )
-PREDICTED = ModelSpec(
-    *("llama", 2, 8, 2, 1, 4, 16, 20, 64, 1e-5, "relu"), exits=(1,), neurons=True, predictors=(32, 0)
-)
-WORTH = {"perplexity": [5, 6], "recall": [0.9, 0], "predicted": [0.2, 0], "firing": [0.1, 0]}
-Q, NORM = "layers.0.q", "output_norm"  # a matrix and a vector to damage
-
-
-def valid_bytes(folder: Path, spec: ModelSpec = SPEC) -> bytes:
-    path = folder / "valid.ert"
-    quants = {decl.name: "q4" for decl in declared(spec) if decl.role in QUANTIZED}
-    said = METADATA | ({"predictors": json.dumps(WORTH)} if spec.predictors else {})
-    with ErtWriter(path, spec, quants, b'{"a":1}', said) as writer:
-        for name, tensor in writer.tensors.items():
-            if tensor.role != "bytes":
-                writer.write(
-                    name, bytes(range(1, 101)) * (tensor.nbytes // 100) + b"\7" * (tensor.nbytes % 100)
-                )
-        writer.finish()
-    return path.read_bytes()
 
 
 @pytest.fixture(scope="session")
@@ -63,134 +49,6 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture(scope="session")
 def valid_experts(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return valid_bytes(tmp_path_factory.mktemp("valid-experts"), EXPERTS)
-
-
-class Draft:
-    """A file taken apart, to be damaged and put together without a check."""
-
-    def __init__(self, blob: bytes) -> None:
-        end = 8 + int.from_bytes(blob[:8], "little")
-        self.entries: dict[str, Any] = json.loads(blob[8:end])
-        self.metadata: dict[str, Any] = self.entries.pop("__metadata__")
-        self.table: dict[str, Any] = json.loads(self.metadata["tensors"])
-        self.spec: dict[str, Any] = json.loads(self.metadata["spec"])
-        self.data = blob[end:]
-
-    def header(self) -> str:
-        own = {"spec": json.dumps(self.spec), "tensors": json.dumps(self.table)}
-        return json.dumps({"__metadata__": {**self.metadata, **own}, **self.entries})
-
-    def pack(self, header: str | bytes | None = None) -> bytes:
-        text = self.header() if header is None else header
-        raw = text.encode() if isinstance(text, str) else text
-        length = -(-(8 + len(raw)) // PAGE) * PAGE - 8
-        return length.to_bytes(8, "little") + raw.ljust(length) + self.data
-
-    def metadata_with(self, key: str, text: str) -> bytes:
-        """Packed with one metadata string replaced by text that need not be JSON."""
-        return self.pack(json.dumps({"__metadata__": {**self.metadata, key: text}, **self.entries}))
-
-    def move(self, name: str, begin: int) -> None:
-        length = self.entries[name]["shape"][0]
-        self.entries[name]["data_offsets"] = [begin, begin + length]
-
-
-Damage = Callable[[Draft], bytes | None]
-
-
-def edit(where: str, name: str, key: str, value: object) -> Damage:
-    """Set a field of one tensor in the `table` or the header's `entries`."""
-
-    def damage(draft: Draft) -> None:
-        getattr(draft, where)[name][key] = value
-
-    return damage
-
-
-def spec(**values: object) -> Damage:
-    return lambda draft: draft.spec.update(values)
-
-
-def drop(where: str, name: str) -> Damage:
-    def damage(draft: Draft) -> None:
-        del getattr(draft, where)[name]
-
-    return damage
-
-
-def text(change: Callable[[str], str | bytes]) -> Damage:
-    """Change the text of the header."""
-    return lambda draft: draft.pack(change(draft.header()))
-
-
-def metadata(key: str, value: str) -> Damage:
-    return lambda draft: draft.metadata_with(key, value)
-
-
-def exits(**values: object) -> Damage:
-    return metadata("exits", json.dumps(values))
-
-
-def calibration(**values: object) -> Damage:
-    return exits(**{"1": CALIBRATION | values})
-
-
-def firing(**values: object) -> Damage:
-    """Counts of neurons that fire, in a model of as many layers as SPEC."""
-    sound: dict[str, object] = {
-        "share": 0.5,
-        "thresholds": [0.1] * SPEC.layers,
-        "zeros": [0.5] * SPEC.layers,
-        "firing": [[0, 0.1, 0.2, 0.3, 1]] * SPEC.layers,
-    }
-    return metadata("sparsity", json.dumps(sound | values))
-
-
-def inputs(**values: object) -> Damage:
-    """Thresholds for inputs, in a model of as many layers as SPEC."""
-    sound: dict[str, object] = {
-        "share": 0.4,
-        "thresholds": [[0.1, 0, 0.2, 1]] * SPEC.layers,
-        "zeros": [[0.5] * 4] * SPEC.layers,
-    }
-    return metadata("inputs", json.dumps(sound | values))
-
-
-def worth(**values: object) -> Damage:
-    """What predictors are worth, in a model of as many layers as PREDICTED."""
-    return metadata("predictors", json.dumps(WORTH | values))
-
-
-def with_length(length: int) -> Damage:
-    return lambda draft: length.to_bytes(8, "little") + draft.pack()[8:]
-
-
-def off_page_header(draft: Draft) -> bytes:
-    raw = draft.header().encode()
-    return len(raw).to_bytes(8, "little") + raw + draft.data
-
-
-def stranger(where: str, like: str) -> Damage:
-    return lambda draft: getattr(draft, where).update(stranger=getattr(draft, where)[like])
-
-
-def shift_all(draft: Draft) -> None:
-    for name in draft.entries:
-        draft.move(name, draft.entries[name]["data_offsets"][0] + PAGE)
-
-
-def hole(draft: Draft) -> None:
-    last = max(draft.entries, key=lambda name: draft.entries[name]["data_offsets"][0])
-    draft.move(last, draft.entries[last]["data_offsets"][0] + PAGE)
-
-
-def overlap(draft: Draft) -> None:
-    draft.move("layers.1.q", draft.entries[Q]["data_offsets"][0])
-
-
-def extra_page(draft: Draft) -> None:
-    begin, end = draft.entries[Q]["data_offsets"]
-    draft.entries[Q].update(shape=[end - begin + PAGE], data_offsets=[begin, end + PAGE])
 
 
 CASES: list[tuple[Rule, str, Damage]] = [
@@ -445,103 +303,3 @@ def test_every_rule_is_documented() -> None:
     page = (Path(__file__).parent.parent / "docs" / "format.md").read_text(encoding="utf-8")
     documented = [line.split("**")[1] for line in page.splitlines() if line.startswith("- **F")]
     assert documented == [rule.value for rule in Rule]
-
-
-def test_an_undamaged_draft_opens(valid: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "same.ert"
-    path.write_bytes(Draft(valid).pack())
-    with ErtFile.open(path) as file:
-        assert file.spec == SPEC
-        assert file.exits[1].above(0.5) == (8 / 12, 1.0)
-        assert file.exits[1].above(0) == (1.0, 9 / 12)
-        assert file.exits[1].above(0.95) == (0.0, 0.0)
-
-
-def test_tensors_may_lie_in_any_order(valid: bytes, tmp_path: Path) -> None:
-    draft = Draft(valid)
-    first, second = draft.entries["output_norm"], draft.entries["layers.0.ffn_norm"]
-    first["data_offsets"], second["data_offsets"] = second["data_offsets"], first["data_offsets"]
-    path = tmp_path / "swapped.ert"
-    path.write_bytes(draft.pack())
-    ErtFile.open(path).close()
-
-
-def test_unknown_metadata_is_kept(valid: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "more.ert"
-    path.write_bytes(Draft(valid).metadata_with("author", "näm\u2028e"))
-    with ErtFile.open(path) as file:
-        assert file.metadata == METADATA | {"author": "näm\u2028e"}
-
-
-@pytest.mark.parametrize("version", ["2", "0", "1.0", "", "x" * 100000])
-def test_another_version_is_refused_with_both_numbers(version: str, valid: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "future.ert"
-    draft = Draft(valid)
-    draft.metadata["format_version"] = version
-    draft.entries["new"] = {"dtype": "F16"}  # a future format may break today's rules
-    path.write_bytes(draft.pack())
-    with pytest.raises(VersionError) as caught:
-        ErtFile.open(path)
-    assert repr(version)[:8] in str(caught.value)
-    assert "'1'" in str(caught.value)
-
-
-def survives(blob: bytes) -> None:
-    """Either a valid file or an error of ours; anything else is a bug."""
-    try:
-        contents = read_contents(blob, Path("fuzz.ert"))
-    except ModelFileError:
-        return
-    for tensor in contents.tensors.values():
-        assert tensor.offset > 0
-        assert tensor.offset + tensor.nbytes <= len(blob)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_random_bytes_in_the_header_never_crash(valid: bytes, data: st.DataObject) -> None:
-    blob = bytearray(valid)
-    used = 8 + len(blob[8 : 8 + int.from_bytes(blob[:8], "little")].rstrip())
-    places = st.tuples(st.integers(0, used - 1), st.integers(0, 255))
-    for place, value in data.draw(st.lists(places, min_size=1, max_size=4)):
-        blob[place] = value
-    survives(bytes(blob))
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data(), JSON)
-def test_random_values_in_the_header_never_crash(valid: bytes, data: st.DataObject, value: object) -> None:
-    draft = Draft(valid)
-    parts = (draft.entries, draft.table, draft.spec, draft.metadata, draft.entries[Q], draft.table[Q])
-    part = data.draw(st.sampled_from(parts))
-    part[data.draw(st.sampled_from(sorted(part)))] = value
-    survives(draft.pack())
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=200), st.booleans())
-def test_random_files_never_crash(blob: bytes, framed: bool) -> None:
-    survives(len(blob).to_bytes(8, "little") + blob if framed else blob)
-
-
-def test_one_flipped_bit_is_found_by_its_checksum(valid: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "flipped.ert"
-    path.write_bytes(valid)
-    check(path)
-    with ErtFile.open(path) as file:
-        places = [file.tensors[Q].offset, file.tensors[NORM].offset + PAGE - 1]  # data, padding
-    blob = bytearray(valid)
-    for place in places:
-        blob[place] ^= 1
-    path.write_bytes(blob)
-    with ErtFile.open(path) as file:
-        assert [name for name, good in verify(file) if not good] == [Q, NORM]
-    with pytest.raises(ChecksumError, match=rf"{Q} \(2 of 26 tensors damaged\)"):
-        check(path)

@@ -1,4 +1,4 @@
-"""Softmax, the cache of keys and values, and attention over it."""
+"""Attention over the cache of keys and values."""
 
 import math
 import struct
@@ -9,291 +9,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgert.kernels import attention, hadamard, kv, softmax
+from edgert.kernels import attention, kv
 from edgert.kernels.reference import attention as attention_twin
-from edgert.kernels.reference import hadamard as hadamard_twin
-from edgert.kernels.reference import kv as kv_twin
-from edgert.kernels.reference import softmax as softmax_twin
-from edgert.kernels.reference.softmax import LOWEST
 from tests import kernel_inputs as inputs
+from tests.cache_by_hand import (
+    F16,
+    KINDS,
+    Q4,
+    halves,
+    key_byte,
+    key_nibble,
+    read_key,
+    read_value,
+    region_size,
+    rotation,
+    scale_byte,
+    scales_q4,
+    value_byte,
+    value_nibble,
+    width,
+)
 
-F16, Q8, Q4 = 0, 1, 2
 STALE = np.float32(3e38)
 """What lies in unused places of a scratch array: anything finite, so the worst of that."""
-KINDS = pytest.mark.parametrize("kind", [F16, Q8, Q4], ids=["f16", "q8", "q4"])
-STORES = {F16: "store_f16", Q8: "store_q8", Q4: "store_q4"}
-
-# ---- softmax ---------------------------------------------------------------------------------
-
-
-@st.composite
-def softmax_cases(draw: st.DrawFn) -> list[Any]:
-    """Scores first..last-1, with stale numbers around them."""
-    first = draw(st.integers(0, 70))
-    last = first + draw(st.integers(1, 70))
-    seed, at = draw(inputs.seeds), draw(st.integers(0, 5))
-    s = np.full(at + 150 + 16, STALE)
-    flavour, large = draw(inputs.flavours), draw(st.sampled_from([30.0, 1e6, 1e30]))
-    s[at + first : at + last] = inputs.floats(seed, flavour, last - first, large=large)
-    sink = np.float32(draw(st.just(LOWEST) | st.sampled_from([-5.0, 0.5, large])))
-    return [s, at, first, last, sink]
-
-
-@pytest.mark.compiled
-@inputs.some
-@given(softmax_cases())
-def test_compiled_softmax_equals_its_twin(case: list[Any]) -> None:
-    inputs.agree(softmax.softmax, softmax_twin.softmax, *case)
-
-
-@inputs.some
-@given(softmax_cases())
-def test_softmax_is_close_to_exact(case: list[Any]) -> None:
-    """exp to 3e-7 and its argument to one rounding; what is below e**-87 may be e**-87."""
-    s, at, first, last, sink = case
-    before = s.copy()
-    total = softmax.softmax(*case)
-    scores = before[at + first : at + last].astype(np.float64)
-    top = max(scores.max(), float(sink))
-    differences = scores - top
-    expected = np.exp(differences)
-    slack = expected * (3e-7 + np.minimum(-differences, 90) * 2.0**-23) + 2e-38
-    assert (np.abs(s[at + first : at + last] - expected) <= slack).all()
-    assert math.isclose(total, math.fsum(expected) + math.exp(float(sink) - top), rel_tol=2e-5)
-    begin, end = first // 16 * 16, -(-last // 16) * 16
-    assert not s[at + begin : at + first].any()
-    assert not s[at + last : at + end].any()
-    before[at + begin : at + end] = s[at + begin : at + end]
-    inputs.same(s, before)
-
-
-# ---- the cache, by hand ----------------------------------------------------------------------
-
-
-def key_byte(kind: int, region: int, d: int, slot: int, i: int) -> int:
-    return region + ((slot // 16 * d + i) * 16 + slot % 16) * (2 if kind == F16 else 1)
-
-
-def value_byte(kind: int, region: int, capacity: int, d: int, slot: int, i: int) -> int:
-    size = 2 if kind == F16 else 1
-    return region + capacity * d * size + ((i // 16 * capacity + slot) * 16 + i % 16) * size
-
-
-def scale_byte(region: int, capacity: int, d: int, dv: int, slot: int, part: int) -> int:
-    wide = -(-dv // 16) * 16
-    return region + capacity * (d + wide) + (part * capacity + slot) * 4
-
-
-def key_nibble(region: int, d: int, slot: int, i: int) -> tuple[int, int]:
-    """The byte of a q4 key's dimension i, and the shift of its nibble."""
-    record = region + (slot // 16 * -(-d // 32) + i // 32) * 288
-    return record + i % 32 // 8 * 64 + slot % 16 * 4 + i % 4, i % 8 // 4 * 4
-
-
-def value_nibble(region: int, capacity: int, d: int, slot: int, i: int) -> tuple[int, int]:
-    """The byte of a q4 value's dimension i, and the shift of its nibble."""
-    groups = -(-d // 32)
-    record = region + capacity * groups * 18 + (i // 32 * capacity + slot) * 18
-    return record + 2 + i % 16, i % 32 // 16 * 4
-
-
-def scales_q4(region: int, capacity: int, d: int, slot: int, group: int) -> tuple[int, int]:
-    """The bytes of the float16 scales of a q4 key's and value's group."""
-    groups = -(-d // 32)
-    key = region + (slot // 16 * groups + group) * 288 + 256 + slot % 16 * 2
-    return key, region + capacity * groups * 18 + (group * capacity + slot) * 18
-
-
-def read_q4(
-    part: int, cache: inputs.U8, region: int, capacity: int, d: int, dv: int, slot: int
-) -> inputs.F64:
-    """The key (part 0) or value (part 1) in a slot, as it is stored: rotated."""
-    row = []
-    for i in range((d, dv)[part]):
-        places = key_nibble(region, d, slot, i), value_nibble(region, capacity, d, slot, i)
-        byte, shift = places[part]
-        scale = struct.unpack_from("<e", cache, scales_q4(region, capacity, d, slot, i // 32)[part])[0]
-        row.append(scale * ((int(cache[byte]) >> shift & 15) - 8))
-    return np.array(row)
-
-
-def rotation(d: int) -> inputs.F64:
-    """H [d, d]: Sylvester's matrix of the largest power of two in d, along the diagonal."""
-    h = np.ones((1, 1))
-    while d % (2 * len(h)) == 0:
-        h = np.block([[h, h], [h, -h]])
-    return np.kron(np.eye(d // len(h)), h)
-
-
-def read_key(
-    kind: int, cache: inputs.U8, region: int, capacity: int, d: int, dv: int, slot: int
-) -> inputs.F64:
-    if kind == Q4:
-        return read_q4(0, cache, region, capacity, d, dv, slot)
-    if kind == F16:
-        return np.array(
-            [struct.unpack_from("<e", cache, key_byte(kind, region, d, slot, i))[0] for i in range(d)]
-        )
-    scale = struct.unpack_from("<f", cache, scale_byte(region, capacity, d, dv, slot, 0))[0]
-    return scale * np.array(
-        [struct.unpack_from("<b", cache, key_byte(kind, region, d, slot, i))[0] for i in range(d)]
-    )
-
-
-def read_value(
-    kind: int, cache: inputs.U8, region: int, capacity: int, d: int, dv: int, slot: int
-) -> inputs.F64:
-    if kind == Q4:
-        return read_q4(1, cache, region, capacity, d, dv, slot)
-    places = [value_byte(kind, region, capacity, d, slot, i) for i in range(dv)]
-    if kind == F16:
-        return np.array([struct.unpack_from("<e", cache, place)[0] for place in places])
-    scale = struct.unpack_from("<f", cache, scale_byte(region, capacity, d, dv, slot, 1))[0]
-    return scale * np.array([struct.unpack_from("<b", cache, place)[0] for place in places])
-
-
-def region_size(kind: int, capacity: int, d: int, dv: int) -> int:
-    if kind == Q4:
-        return capacity * (-(-d // 32) + -(-dv // 32)) * 18
-    numbers = capacity * (d + -(-dv // 16) * 16)
-    return numbers * 2 if kind == F16 else numbers + capacity * 8
-
-
-halves = st.integers(1, 40).map(lambda half: 2 * half)
-sizes = st.tuples(st.integers(1, 4), halves, halves)
-"""Blocks of positions, dimensions of a key and of a value."""
-
-
-@KINDS
-@given(sizes)
-@inputs.few
-def test_regions_have_the_size_of_their_layout(kind: int, size: tuple[int, int, int]) -> None:
-    place = size[0] * 16, *size[1:]
-    assert kv.region_bytes(kind, *place) == region_size(kind, *place)
-
-
-@st.composite
-def store_cases(draw: st.DrawFn) -> list[Any]:
-    """Arguments of store_f16 and store_q8; magnitudes that float16 holds."""
-    blocks, d, dv = draw(sizes)
-    capacity, region = blocks * 16, 2 * draw(st.integers(0, 20))
-    seed, slot = draw(inputs.seeds), draw(st.integers(0, capacity - 1))
-    cache = inputs.raw((seed, "kv"), region + region_size(F16, capacity, d, dv) + 8)
-    x = inputs.floats((seed, "x"), draw(inputs.flavours), d + dv + 20, large=6e4)
-    return [cache, region, capacity, slot, d, dv, x, draw(st.integers(0, 9)), d + 11]
-
-
-@pytest.mark.compiled
-@KINDS
-@inputs.some
-@given(case=store_cases())
-def test_compiled_stores_equal_their_twins(kind: int, case: list[Any]) -> None:
-    inputs.agree(getattr(kv, STORES[kind]), getattr(kv_twin, STORES[kind]), *case)
-
-
-@KINDS
-@inputs.some
-@given(case=store_cases())
-def test_stores_write_one_position_and_nothing_else(kind: int, case: list[Any]) -> None:
-    cache, region, capacity, slot, d, dv, x, key_at, value_at = case
-    before, given = cache.copy(), x.astype(np.float64)
-    getattr(kv, STORES[kind])(*case)
-    size = 2 if kind == F16 else 1
-    places = [key_byte(kind, region, d, slot, i) for i in range(d)]
-    places += [value_byte(kind, region, capacity, d, slot, i) for i in range(dv)]
-    touched = {place + b for place in places for b in range(size)}
-    if kind == Q8:
-        touched |= {scale_byte(region, capacity, d, dv, slot, part) + b for part in (0, 1) for b in range(4)}
-    if kind == Q4:
-        of_key, of_value = range(width(Q4, d)), range(width(Q4, dv))
-        touched = {key_nibble(region, d, slot, i)[0] for i in of_key}
-        touched |= {value_nibble(region, capacity, d, slot, i)[0] for i in of_value}
-        for part, row in enumerate((of_key, of_value)):
-            scales = [scales_q4(region, capacity, d, slot, g)[part] for g in range(len(row) // 32)]
-            touched |= {at + b for at in scales for b in (0, 1)}
-    others = np.ones(cache.size, bool)
-    others[list(touched)] = False
-    np.testing.assert_array_equal(cache[others], before[others])
-    for read, at, count in ((read_key, key_at, d), (read_value, value_at, dv)):
-        row, found = given[at : at + count], read(kind, cache, region, capacity, d, dv, slot)
-        if kind == F16:
-            np.testing.assert_array_equal(found, row.astype(np.float16).astype(np.float64))
-        elif kind == Q8:
-            largest = np.abs(row).max()
-            assert (np.abs(found - row) <= largest * (0.5 / 127 + 2e-6) + 1e-30).all()
-        else:
-            h = rotation(count)
-            rotated = h @ row / (h @ h)[0, 0]
-            size = np.abs(h) @ np.abs(row) / (h @ h)[0, 0]  # of what roundings are relative to
-            for g in range(0, count, 32):
-                part = rotated[g : g + 32]
-                # A step is an eighth of the largest; the scale is a float16: 11 bits, or units of 2**-25.
-                largest = np.abs(part).max()
-                slack = largest * 2**-7 + 2e-6 * size[g : g + 32].max() + 16 * 2.0**-25
-                error = np.abs(found[g : g + 32] - part)
-                assert (error <= largest / 8 + slack).all()  # -8..7 cuts one end off
-                assert (error[np.abs(part) <= largest * 7 / 8] <= largest / 16 + slack).all()
-
-
-@st.composite
-def move_cases(draw: st.DrawFn) -> list[Any]:
-    blocks, d, dv = draw(sizes)
-    capacity, region, seed = blocks * 16, 2 * draw(st.integers(0, 20)), draw(inputs.seeds)
-    slots = st.integers(0, capacity - 1)
-    cache = inputs.raw(seed, region + region_size(F16, capacity, d, dv) + 8)
-    cache[1::2] &= 0x3B  # no NaN among the floats: views of it may be copied
-    return [cache, region, capacity, d, dv, draw(slots), draw(slots)]
-
-
-@pytest.mark.compiled
-@KINDS
-@inputs.some
-@given(case=move_cases())
-def test_compiled_moves_equal_their_twins(kind: int, case: list[Any]) -> None:
-    inputs.agree(kv.move, kv_twin.move, kind, *case)
-
-
-@KINDS
-@inputs.some
-@given(case=move_cases())
-def test_moves_copy_one_position(kind: int, case: list[Any]) -> None:
-    cache, region, capacity, d, dv, source, target = case
-    before = cache.copy()
-    kv.move(kind, *case)
-    end = region + region_size(kind, capacity, d, dv)
-    for slot in range(capacity):
-        origin = source if slot == target else slot
-        for read in (read_key, read_value):
-            found = read(kind, cache, region, capacity, d, dv, slot)
-            np.testing.assert_array_equal(found, read(kind, before, region, capacity, d, dv, origin))
-    np.testing.assert_array_equal(cache[:region], before[:region])
-    np.testing.assert_array_equal(cache[end:], before[end:])
-
-
-@pytest.mark.compiled
-@inputs.some
-@given(inputs.seeds, inputs.flavours, st.integers(1, 70), st.integers(0, 5))
-def test_compiled_rotations_equal_their_twin(seed: int, flavour: str, half: int, at: int) -> None:
-    x = inputs.floats(seed, flavour, at + 2 * half + 3)
-    inputs.agree(hadamard.hadamard, hadamard_twin.hadamard, x, at, 2 * half)
-
-
-@inputs.some
-@given(inputs.seeds, inputs.flavours, st.integers(1, 70), st.integers(0, 5))
-def test_rotations_are_close_to_exact_and_touch_nothing_else(
-    seed: int, flavour: str, half: int, at: int
-) -> None:
-    d = 2 * half
-    x = inputs.floats(seed, flavour, at + d + 3)
-    before = x.copy()
-    hadamard.hadamard(x, at, d)
-    h, row = rotation(d), before[at : at + d].astype(np.float64)
-    assert (np.abs(x[at : at + d] - h @ row) <= 7 * 2.0**-24 * (np.abs(h) @ np.abs(row))).all()
-    x[at : at + d] = before[at : at + d]
-    inputs.same(x, before)
-
-
-# ---- attention -------------------------------------------------------------------------------
 
 
 @st.composite
@@ -357,12 +95,6 @@ def attention_cases(draw: st.DrawFn, kind: int, calm: bool = False) -> dict[str,
         "slopes": draw(st.sampled_from([-1, -1, 8])),
         "sinks": draw(st.sampled_from([-1, -1, 24])),
     }
-
-
-def width(kind: int, d: int) -> int:
-    """Length of a padded output."""
-    unit = 32 if kind == Q4 else 16
-    return -(-d // unit) * unit
 
 
 def outputs_of(case: dict[str, Any]) -> inputs.F32:

@@ -9,7 +9,7 @@ from edgert.state import Rows
 
 def feed_forward(b: Builder, index: int, x: Rows) -> None:
     """hidden += W_down (act(W_gate x) * W_up x), of the neurons that fire."""
-    spec, at, tiling = b.spec, b.weights.neurons(index), b.config.tiling
+    spec, at = b.spec, b.weights.neurons(index)
     firing, rank, control = b.firing, b.spec.predictor(index), -1 if b.control is None else b.control
     by_rows = spec.gate_rows(index)
     predicted = by_rows and b.config.predict
@@ -51,7 +51,8 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
             whole=at.whole,
             control=control,
         )
-    b.add(
+    _add(
+        b,
         program.NEURONS_UP,
         quant=at.quant,
         w_at=at.at,
@@ -63,18 +64,14 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
         g=b.gate.at,
         u=b.up.at,
         stride=b.up.stride,
-        scratch=firing.scratch,
-        scratch_stride=firing.scratch_stride,
-        spare_stride=firing.spare_stride,
-        most=tiling.most,
-        ahead=tiling.ahead,
         word=at.word,
         whole=at.whole,
         control=control,
     )
     b.contributions[index] = b.position
     b.quantize(b.gate)
-    b.add(
+    _add(
+        b,
         program.NEURONS_DOWN,
         quant=at.quant,
         w_at=at.at,
@@ -86,11 +83,6 @@ def feed_forward(b: Builder, index: int, x: Rows) -> None:
         h=b.gate.quantized,
         y=b.hidden.at,
         y_stride=b.hidden.stride,
-        scratch=firing.scratch,
-        scratch_stride=firing.scratch_stride,
-        spare_stride=firing.spare_stride,
-        most=tiling.most,
-        ahead=tiling.ahead,
         quads=firing.quads,
         word=at.word,
         whole=at.whole,
@@ -123,7 +115,8 @@ def _predict(b: Builder, index: int, x: Rows, inner: Rows | None) -> None:
 def _gate_rows(b: Builder, index: int, x: Rows, wanted: int) -> None:
     """gate = W_gate x, of the neurons listed from word `wanted`; of all where that is -1."""
     matrix, firing = b.weights.matrix(f"layers.{index}.gate"), b.firing
-    b.add(
+    _add(
+        b,
         program.GATE_ROWS,
         quant=matrix.quant,
         w_at=matrix.at,
@@ -134,9 +127,19 @@ def _gate_rows(b: Builder, index: int, x: Rows, wanted: int) -> None:
         spread=firing.spread,
         g=b.gate.at,
         stride=b.gate.stride,
+    )
+
+
+def _add(b: Builder, op: int, **operands: int) -> None:
+    """An operation on single neurons: a thread has room for its sums, and for blocks that are multiplied."""
+    firing, tiling = b.firing, b.config.tiling
+    b.add(
+        op,
+        barrier=True,
         scratch=firing.scratch,
         scratch_stride=firing.scratch_stride,
         spare_stride=firing.spare_stride,
-        most=b.config.tiling.most,
-        ahead=b.config.tiling.ahead,
+        most=tiling.most,
+        ahead=tiling.ahead,
+        **operands,
     )
