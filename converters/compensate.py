@@ -12,15 +12,16 @@ from typing import Final
 import numpy as np
 
 from edgert.converters.quantize import (
+    SEARCHES,
     Codes,
     Distortion,
     Floats,
     check_weights,
     measured,
-    round_codes,
-    search,
+    search_into,
 )
-from edgert.kernels.packing import GROUP
+from edgert.kernels import rounding
+from edgert.kernels.packing import BLOCK, GROUP
 
 COMPENSATED: Final = ("q4m", "q4", "q4s", "q3", "q2")
 """The quantisations for which it is done; the error of q8 is below that of the products themselves."""
@@ -56,27 +57,22 @@ def compensated(weights: Floats, errors: Errors, quant: str, name: str = "matrix
     """
     check_weights(weights, quant, name)
     rows, columns = weights.shape
-    left = np.ascontiguousarray(weights.T)  # [K, N] the weights as the columns before have changed them
-    codes = np.empty((columns, rows), np.int8)
-    scales: list[Floats] = []
-    minimums: list[Floats] = []
-    for start in range(0, columns, GROUP):
+    # [K, N] the weights as the columns before have changed them; N padded with zeros, which stay zeros.
+    left = np.zeros((columns, -(-rows // BLOCK) * BLOCK), np.float32)
+    left[:, :rows] = weights.T
+    codes, made = np.empty(left.shape, np.int8), np.empty((GROUP, left.shape[1]), np.float32)
+    scales, minimums = np.empty((2, -(-columns // GROUP), left.shape[1]), np.float32)
+    for g, start in enumerate(range(0, columns, GROUP)):
         end = min(start + GROUP, columns)
-        block, answer = left[start:end], errors.answer[start:end]
-        scale, minimum = search(block, quant, errors.weight[start:end])
-        made = np.empty_like(block)
-        for j, column in enumerate(block):
-            code = round_codes(column, quant, scale, minimum)
-            restored = code * scale if minimum is None else code * scale + minimum
-            made[j] = (column - restored) / answer[j, start + j]
-            codes[start + j] = code
-            block[j + 1 :] -= answer[j, start + j + 1 : end, None] * made[j]
-        left[end:] -= answer[:, end:].T @ made
-        scales.append(scale)
-        if minimum is not None:
-            minimums.append(minimum)
-    least = np.stack(minimums, axis=1) if minimums else None
-    return Codes(np.ascontiguousarray(codes.T), np.stack(scales, axis=1), least)
+        answer, part = np.ascontiguousarray(errors.answer[start:end, start:end]), made[: end - start]
+        search_into(left[start:end], quant, errors.weight[start:end], scales[g], minimums[g])
+        low, high = SEARCHES[quant].low, SEARCHES[quant].high
+        rounding.round_group(
+            low, high, left[start:end], answer, scales[g], minimums[g], codes[start:end], part
+        )
+        left[end:, :rows] -= errors.answer[start:end, end:].T @ part[:, :rows]
+    values, each, least = (np.ascontiguousarray(found.T[:rows]) for found in (codes, scales, minimums))
+    return Codes(values, each, least if quant == "q4m" else None)
 
 
 def round_weights(weights: Floats, quant: str, errors: Errors | None, name: str) -> tuple[Codes, Distortion]:

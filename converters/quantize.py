@@ -129,26 +129,13 @@ def measured(
     return codes, Distortion(float(error), float(energy))
 
 
-def search(groups: Floats, quant: str, weight: Floats) -> tuple[Floats, Floats | None]:
-    """The scales [G] of groups [k, G], k at most 32, as they are stored, and of q4m the minimums [G].
+def search_into(groups: Floats, quant: str, weight: Floats, scales: Floats, minimums: Floats) -> None:
+    """The scales [G] of groups [k, G], k at most 32, G whole blocks, as they are stored; and minimums [G].
 
-    weight: [k], of the squared errors.
+    weight: [k], of the squared errors. The minimums are zeros for all but q4m.
     """
-    count = groups.shape[1]
-    lanes = np.zeros((len(groups), -(-count // BLOCK) * BLOCK), np.float32)
-    lanes[:, :count] = groups
     weight = np.ascontiguousarray(_shares(weight) if quant == "q4m" else weight, np.float32)
-    scales, minimums = np.empty((2, lanes.shape[1]), np.float32)
-    rounding.search_groups(*SEARCHES[quant], lanes, weight, scales, minimums)
-    return scales[:count], minimums[:count] if quant == "q4m" else None
-
-
-def round_codes(weights: Floats, quant: str, scale: Floats, minimum: Floats | None) -> Floats:
-    """The whole numbers of `quant` nearest to (weights - minimum) / scale, as floats; 0 for a scale of 0."""
-    moved = weights if minimum is None else weights - minimum
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    codes = np.rint(moved * inverse)
-    return np.clip(codes, *CODE_RANGE[quant], out=codes)
+    rounding.search_groups(*SEARCHES[quant], groups, weight, scales, minimums)
 
 
 def _shares(weight: Floats) -> Floats:

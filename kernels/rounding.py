@@ -205,6 +205,32 @@ def search_groups(how, low, high, candidates, x, weight, scales, minimums):
         simd.store_f32(minimums, g, minimum)
 
 
+@kernel(_twin.round_group)
+def round_group(low, high, x, answer, scales, minimums, values, made):
+    """Round rows x [k, G] one after another, G a multiple of 16; those after it make up for each one's error.
+
+    made[j] [k, G] is row j's error divided by answer[j, j]; x[i] -= answer[j, i] * made[j] for every i after j.
+    answer: float32 [k, k]; values: int8 [k, G]; the others as for `search_groups`.
+    """
+    count, flat = x.shape[1], x.reshape(-1)
+    codes, errors = values.reshape(-1), made.reshape(-1)
+    bottom, top = simd.splat(low), simd.splat(high)
+    for g in range(0, count, 16):
+        scale, minimum = simd.load_f32(scales, g), simd.load_f32(minimums, g)
+        by = _reciprocal(scale)
+        for j in range(x.shape[0]):
+            v = simd.load_f32(flat, j * count + g)
+            q = _round(simd.sub(v, minimum), by, bottom, top)
+            e = simd.sub(v, simd.add(simd.mul(q, scale), minimum))
+            e = simd.div(e, simd.splat(answer[j, j]))
+            simd.store_i8(codes, j * count + g, q)
+            simd.store_f32(errors, j * count + g, e)
+            for i in range(j + 1, x.shape[0]):
+                at = i * count + g
+                changed = simd.sub(simd.load_f32(flat, at), simd.mul(simd.splat(answer[j, i]), e))
+                simd.store_f32(flat, at, changed)
+
+
 @kernel(_twin.round_rows)
 def round_rows(how, low, high, candidates, weights, importance, values, scales, minimums, sums):
     """float32 [N, K] to int8 [N, K], scales and minimums [N, ceil(K/32)], and what was lost.

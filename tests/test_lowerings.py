@@ -64,7 +64,7 @@ GOLDEN = {
     "matmul q2": "b17db7be5431a1f0",
     "rmsnorm": "9c95b9e87ba005f0",
     "quantize": "7cae9c04165244dc",
-    "rounding": "208d787d6833662d",
+    "rounding": "19d9c7bb355b3cec",
     "embed": "68bdd6d574250ec0",
     "embed few bits": "4ae331df234926d9",
     "halves": "e9feb77aa0b1f5e5",
@@ -131,6 +131,9 @@ def rounded() -> Iterator[Any]:
             case = test_kernel_rounding.rows_case(quant, seed, flavour, 21, 70)
             rounding.round_rows(*case)
             yield from case[6:]
+            case = test_kernel_rounding.compensated_case(quant, seed, flavour, 20, 2)
+            rounding.round_group(*case)
+            yield from case[2:]
 
 
 def embeddings(quants: tuple[str, ...]) -> Iterator[Any]:

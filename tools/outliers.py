@@ -39,7 +39,7 @@ from edgert.calibration.convert import assignment
 from edgert.calibration.sensitivity import Sensitivity
 from edgert.config import Quant, QuantSpec
 from edgert.converters.compensate import Errors, compensated
-from edgert.converters.quantize import SEARCHES, quantize, round_codes
+from edgert.converters.quantize import SEARCHES, quantize
 from edgert.evaluate import read_documents
 from edgert.format import ErtFile
 from edgert.kernels import packing
@@ -108,11 +108,11 @@ def sparse(weights: Floats, errors: Errors, quant: Quant, mask: Mask) -> Floats:
         weight = np.maximum(errors.weight[start:end, None] * keep, 1e-12)
         scale, least = np.empty((2, block.shape[1]), np.float32)
         search_groups(*SEARCHES[quant], block * keep, weight, scale, least)  # the twin: a weight for each
-        minimum = least if quant == "q4m" else None
+        low, high = SEARCHES[quant].low, SEARCHES[quant].high
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
         made = np.empty_like(block)
         for j, column in enumerate(block):
-            code = round_codes(column, quant, scale, minimum)
-            rounded = code * scale if minimum is None else code * scale + minimum
+            rounded = np.clip(np.rint((column - least) * inverse), low, high) * scale + least
             exact = column.astype(np.float16).astype(np.float32)
             out[start + j] = np.where(apart[start + j], exact, rounded)
             made[j] = (column - out[start + j]) / answer[j, start + j]

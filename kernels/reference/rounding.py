@@ -57,6 +57,25 @@ def search_groups(
         scales[:], minimums[:] = _search_line(x, weight, candidates)
 
 
+def round_group(
+    low: float,
+    high: float,
+    x: Floats,
+    answer: Floats,
+    scales: Floats,
+    minimums: Floats,
+    values: NDArray[np.int8],
+    made: Floats,
+) -> None:
+    """See kernels/rounding.py."""
+    by = _reciprocal(scales)
+    for j, column in enumerate(x):
+        q = _round(column - minimums, by, low, high)
+        values[j] = q
+        made[j] = (column - (q * scales + minimums)) / answer[j, j]
+        x[j + 1 :] -= answer[j, j + 1 :, None] * made[j]
+
+
 def round_rows(
     how: int,
     low: float,
