@@ -209,7 +209,7 @@ def search_groups(how, low, high, candidates, x, weight, scales, minimums):
 def round_group(low, high, x, answer, scales, minimums, values, made):
     """Round rows x [k, G] one after another, G a multiple of 16; those after it make up for each one's error.
 
-    made[j] [k, G] is row j's error divided by answer[j, j]; x[i] -= answer[j, i] * made[j] for every i after j.
+    made[j] [k, G] is row j's error divided by answer[j, j]; x[i] -= answer[j, i] * made[j] for i after j.
     answer: float32 [k, k]; values: int8 [k, G]; the others as for `search_groups`.
     """
     count, flat = x.shape[1], x.reshape(-1)
