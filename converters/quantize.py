@@ -117,7 +117,8 @@ def measured(
     values = np.empty((rows, columns), np.int8)
     scales, minimums = np.empty((2, rows, groups), np.float32)
     sums = np.empty((-(-rows // BLOCK), 2))
-    weights = np.ascontiguousarray(weights, np.float32)
+    # A kernel is compiled for each kind of array, and one that must not be written to is another kind.
+    weights = np.require(weights, np.float32, ["C", "W"])
     step = max(1, CHUNK_WEIGHTS // (columns * BLOCK)) * BLOCK
     for start in range(0, rows, step):
         part = slice(start, start + step)

@@ -179,6 +179,18 @@ def test_a_group_makes_up_for_its_errors_as_by_hand(quant: str) -> None:
                 left[i, n] -= float(answer[j, i]) * error
 
 
+@pytest.mark.compiled
+def test_arrays_of_every_kind_take_the_same_machine_code() -> None:
+    weights = inputs.uniform("kinds", 48, 64)
+    expected = quantize(weights, "q4").values
+    kinds = len(rounding.round_rows.signatures)
+    fixed = weights.copy()
+    fixed.flags.writeable = False
+    for kind in (fixed, np.asfortranarray(weights), weights.astype(np.float64), weights[:, ::-1][:, ::-1]):
+        np.testing.assert_array_equal(quantize(kind, "q4").values, expected)
+    assert len(rounding.round_rows.signatures) == kinds
+
+
 @pytest.mark.parametrize("quant", SEARCHES)
 def test_what_is_lost_is_that_of_the_floats(quant: str) -> None:
     weights = inputs.uniform("lost", 50, 64)
