@@ -11,8 +11,9 @@ planted to expect so many times the neurons that fire, and those among them: onl
 a real one, of which `edgert inspect` says how many it expects. `model`: a Hugging Face model with ReLU,
 converted both ways; greedy generation must give the same tokens. Rounds are interleaved; medians are shown.
 `quality`: perplexity with ever more activations (CATS) or inputs (TEAL) taken for zero, or of what follows
-the first tokens of each text with ever fewer neurons, those that these used most; and what verification makes
-of it: the same greedy tokens as without, and how many are kept of a guess.
+the first tokens of each text with ever fewer neurons, those that these used most, or without ever more
+feed-forwards; and what verification makes of it: the same greedy tokens as without, and how many are kept
+of a guess.
 """
 
 from __future__ import annotations
@@ -313,7 +314,7 @@ def main() -> None:
     sub.add_argument("--text", type=Path, required=True)
     sub.add_argument("--last", type=int, default=200)
     sub.add_argument("--prompts", type=int, default=20, help="texts that are gone on with")
-    sub.add_argument("--ways", type=lambda t: t.split(","), default=["cats", "teal"], help="cats, teal, core")
+    sub.add_argument("--ways", type=lambda t: t.split(","), default=["cats", "teal"], help="or core, skip")
     sub.add_argument("--prompt", type=int, default=64, help="tokens of a text that its core is of")
     sub.add_argument(
         "--shares", type=lambda t: [float(p) for p in t.split(",")], default=[0.25, 0.4, 0.5, 0.6]
