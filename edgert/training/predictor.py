@@ -33,8 +33,8 @@ from edgert.training.run import Report, Run, Trainer
 from edgert.training.teacher import Teacher
 from edgert.training.whole import whole_file
 
-SINGLE_ROW: float = 2.3
-"""What a byte of a row read by itself costs, in bytes of a whole matrix: 28 against 12 GB/s on one thread
+SINGLE_ROW: float = 1.8
+"""What a byte of a row read by itself costs, in bytes of a whole matrix: 24 against 13.3 GB/s on one thread
 (docs/sparsity.md). A layer in which predictor and predicted gates cost more than the whole gate gets none."""
 BINS: int = 4096
 """Of the histogram of scores that fire, from -MOST_SCORE to MOST_SCORE."""
