@@ -22,7 +22,7 @@ from edgert.state import Weights
 
 SATURATED: Final = 0.99
 """Cosine of the rows before and after a feed-forward from which it may be left out: a seventh of a row's
-length goes with it there. At 0.98 three more layers of a model in docs/sparsity.md went, for 5% to 15% each."""
+length goes with it there. At 0.98 three more layers of docs/sparsity.md's model went, for 5% to 15% each."""
 
 
 def find_skips(
