@@ -1,13 +1,14 @@
 """What is left on the disk: the whole file, the old one, or nothing."""
 
 import errno
+import fcntl
 import io
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -98,7 +99,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_of_its_name(tmp_path: 
     died = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
     (left,) = files(tmp_path)
     assert died.returncode == -signal.SIGKILL and left.endswith(".part")
-    others = [".m[1].ert.short.part", ".n.ert.01234567.part", left[:-5] + ".tmp"]
+    others = [".m[1].ert.short.part", ".m[1].ert.download.part", ".n.ert.01234567.part", left[:-5] + ".tmp"]
     for name in others:
         (tmp_path / name).write_bytes(b"another's")
     with ErtWriter(target, TINY, TINY_QUANTS) as still_at_work:
@@ -107,6 +108,91 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_of_its_name(tmp_path: 
         assert held != left
         write_tiny(target)
         assert sorted(files(tmp_path)) == sorted([*others, held, target.name])
+
+
+class MeetingDisk(Disk):
+    """Another writer comes by each of the first `times` new files before it is locked."""
+
+    def __init__(self, meet: Callable[[Path], None], times: int = 1) -> None:
+        self.meet, self.times = meet, times
+
+    def create(self, path: Path) -> BinaryIO:
+        file = super().create(path)
+        if self.times:
+            self.times -= 1
+            self.meet(path)
+        return file
+
+
+def come_by(folder: Path) -> None:
+    """Another writer to m.ert starts, and removes what it takes for leftovers; then it gives up."""
+    with ErtWriter(folder / "m.ert", TINY, TINY_QUANTS):
+        pass
+
+
+def test_a_new_file_that_another_writer_removes_before_the_lock_is_made_again(tmp_path: Path) -> None:
+    disk = MeetingDisk(lambda _: come_by(tmp_path), times=3)
+    write_tiny(tmp_path / "m.ert", disk)
+    assert disk.times == 0 and files(tmp_path) == ["m.ert"]
+    assert (tmp_path / "m.ert").read_bytes() == GOLDEN
+
+
+def test_a_new_file_that_another_writer_locks_in_passing_is_made_again(tmp_path: Path) -> None:
+    locks = []
+
+    def lock(path: Path) -> None:
+        locks.append(path.open("rb"))
+        fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    with ErtWriter(tmp_path / "m.ert", TINY, TINY_QUANTS, disk=MeetingDisk(lock, times=2)):
+        for file in locks:
+            file.close()
+        held = files(tmp_path)
+        come_by(tmp_path)
+        assert files(tmp_path) == held and len(held) == 1
+    assert files(tmp_path) == []
+
+
+def test_writers_that_never_leave_a_new_file_alone_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="taken by other writers of this name"):
+        write_tiny(tmp_path / "m.ert", MeetingDisk(Path.unlink, times=1000))
+    assert files(tmp_path) == []
+
+
+def test_a_finished_file_is_held_until_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, names = Path.replace, []
+
+    def slowly(path: Path, target: Path) -> Path:
+        come_by(tmp_path)
+        names.append(path.name)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", slowly)
+    write_tiny(tmp_path / "m.ert")
+    assert len(names) == 1 and files(tmp_path) == ["m.ert"]
+    assert (tmp_path / "m.ert").read_bytes() == GOLDEN
+
+
+def test_without_locks_files_are_written_and_leftovers_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(code: int) -> None:
+        def flock(*_: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    left = tmp_path / ".m.ert.01234567.part"
+    left.write_bytes(b"perhaps at work")
+    fail(errno.ENOLCK)
+    write_tiny(tmp_path / "m.ert")
+    assert files(tmp_path) == [left.name, "m.ert"]
+    fail(errno.EIO)
+    with pytest.raises(ConversionError, match="cannot be written"):
+        write_tiny(tmp_path / "m.ert")
+    assert files(tmp_path) == [left.name, "m.ert"]
 
 
 def test_an_existing_file_is_replaced_with_usual_rights(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Mapping
@@ -48,6 +49,9 @@ _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_HASH: Final = "0" * 64
 _PART: Final = ".part"
 _TOKEN_BYTES: Final = 4  # of a temporary name, twice as many characters
+# A new file is met before it is locked only by a writer that starts in that moment.
+_MOST_MEETINGS: Final = 100
+_NO_LOCKS: Final = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 
 class Disk:
@@ -108,18 +112,14 @@ class ErtWriter:
         self._missing = set(self.tensors)
         self._finished = False
         self._file: BinaryIO | None = None
-        # Beside the target, so that the final rename stays within one file system.
-        self._temporary = self.path.with_name(
-            f".{self.path.name[:40]}.{secrets.token_hex(_TOKEN_BYTES)}{_PART}"
-        )
+        self._temporary = self._new_name()
 
     def __enter__(self) -> "ErtWriter":
         try:
             self._remove_leftovers()
             free = self._disk.free(self.path.parent)
             if free >= self.size:
-                self._file = self._disk.create(self._temporary)
-                _try_lock(self._file.fileno())
+                self._file = self._new_file()
                 return self
         except OSError as error:
             raise self._failure(error) from error
@@ -128,13 +128,39 @@ class ErtWriter:
             "free some space or write to another disk"
         )
 
+    def _new_name(self) -> Path:
+        """Beside the target, so that the final rename stays within one file system."""
+        return self.path.with_name(f"{self._head}{secrets.token_hex(_TOKEN_BYTES)}{_PART}")
+
+    @property
+    def _head(self) -> str:
+        return f".{self.path.name[:40]}."
+
+    def _new_file(self) -> BinaryIO:
+        """A temporary file that this writer holds, and no other takes for a leftover."""
+        for _ in range(_MOST_MEETINGS):
+            file, held = self._disk.create(self._temporary), False
+            try:
+                # Before it was locked, another writer may have locked it in passing, or removed it.
+                held = _hold(file.fileno()) and self._temporary.exists()
+            finally:
+                if not held:
+                    file.close()
+                    self._temporary.unlink(missing_ok=True)
+            if held:
+                return file
+            self._temporary = self._new_name()
+        raise ConversionError(
+            f"{self.path}: found {_MOST_MEETINGS} new files beside it taken by other writers of this name, "
+            "expected one left alone; convert it once at a time"
+        )
+
     def _remove_leftovers(self) -> None:
         """Temporary files of this name that no writer holds: theirs was killed, or lost its power."""
-        length = len(self._temporary.name)
-        head = self._temporary.name[: length - 2 * _TOKEN_BYTES - len(_PART)]
+        ours = re.compile(f"{re.escape(self._head)}[0-9a-f]{{{2 * _TOKEN_BYTES}}}{re.escape(_PART)}")
         with suppress(OSError):  # a folder that cannot be listed
             for path in self.path.parent.iterdir():
-                if path.name.startswith(head) and path.name.endswith(_PART) and len(path.name) == length:
+                if ours.fullmatch(path.name):
                     _remove_unless_held(path)
 
     def write(self, name: str, data: Buffer | Iterable[Buffer]) -> None:
@@ -187,9 +213,9 @@ class ErtWriter:
         try:
             file.flush()
             os.fsync(file.fileno())
-            file.close()
             self._temporary.replace(self.path)
             self._finished = True
+            file.close()  # and unlocked, now that it no longer has the name of a leftover
             _sync_folder(self.path.parent)
         except OSError as error:
             raise self._failure(error) from error
@@ -285,19 +311,32 @@ def _checked_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Whether the file is this process's alone from now on; its end frees it, however it comes."""
+    """Whether the file is this process's alone from now on; its end frees it, however it comes.
+
+    OSError where it cannot be known, as on a file system without locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or a file system without locks, whose leftovers stay
+    except BlockingIOError:
         return False
     return True
+
+
+def _hold(descriptor: int) -> bool:
+    """As `_try_lock`; a file system without locks lets everybody hold, and nobody remove."""
+    try:
+        return _try_lock(descriptor)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return True
+        raise
 
 
 def _remove_unless_held(path: Path) -> None:
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            if _try_lock(descriptor):
+            if _try_lock(descriptor):  # or an OSError: leftovers stay on a file system without locks
                 path.unlink()
         finally:
             os.close(descriptor)
