@@ -14,11 +14,14 @@ from typing import Final, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from edgert.converters.hf_config import HfConfig
-from edgert.converters.safetensors_source import SourceTensor
+from edgert.converters.hf_config import HfConfig, shown
+from edgert.converters.safetensors_source import ITEM_BYTES, SourceTensor
+from edgert.errors import ConversionError
 
 SCALE: Final = "_scale_inv"
 _KEY: Final = "quantization_config"
+_FLOAT8: Final = "F8_E4M3"
+_AGAIN: Final = "download the model's files again"
 
 
 def _every_float8() -> NDArray[np.float32]:
@@ -62,15 +65,21 @@ def _is_block(sizes: object) -> TypeGuard[list[int]]:
 
 
 def with_scales(tensors: Mapping[str, SourceTensor], block: Block) -> dict[str, SourceTensor]:
-    """The tensors of a folder, each matrix of 8-bit floats joined with its scales."""
+    """The tensors of a folder, each matrix of 8-bit floats joined with its scales.
+
+    ConversionError for one whose scales are missing or are not one for each block.
+    """
     found = dict(tensors)
     for name, tensor in tensors.items():
-        scales = tensors.get(name + SCALE)
-        joined = None if scales is None else Fp8Tensor.of(tensor, scales, block)
-        if joined is not None:
-            found[name] = joined
+        if tensor.dtype == _FLOAT8 and len(tensor.shape) == 2 and all(tensor.shape):
+            found[name] = Fp8Tensor.of(tensor, tensors.get(name + SCALE), block)
             del found[name + SCALE]
     return found
+
+
+def _named(tensor: str) -> str:
+    """A tensor's name, which may be anything, on one line; the end of a long one."""
+    return repr(tensor[-100:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +91,23 @@ class Fp8Tensor(SourceTensor):
     above: int = 0  # rows of the matrix before the first of these
 
     @classmethod
-    def of(cls, values: SourceTensor, scales: SourceTensor, block: Block) -> "Fp8Tensor | None":
-        """The matrix in two tensors; None for tensors that are no such pair."""
-        if values.dtype != "F8_E4M3" or len(values.shape) != 2 or values.nbytes != prod(values.shape):
-            return None
+    def of(cls, values: SourceTensor, scales: SourceTensor | None, block: Block) -> "Fp8Tensor":
+        """The matrix in two tensors; ConversionError for two that do not fit."""
         grid = tuple(-(-size // unit) for size, unit in zip(values.shape, block, strict=True))
-        if not scales.readable or scales.shape != grid or not all(grid):
-            return None
+        expected = f"shape {list(grid)} for blocks of {block[0]} x {block[1]} of {list(values.shape)}"
+        named = _named(values.name + SCALE)
+        if scales is None:
+            raise ConversionError(f"{values.path}: found no {named}, expected one of {expected}; {_AGAIN}")
+        if not scales.readable or scales.shape != grid:
+            raise ConversionError(
+                f"{scales.path}: found {named} as {shown(scales.dtype)} of shape {list(scales.shape)}, "
+                f"expected {', '.join(ITEM_BYTES)} of {expected}; {_AGAIN}"
+            )
+        if values.nbytes != prod(values.shape):
+            raise ConversionError(
+                f"{values.path}: found {values.nbytes:,} bytes of {_named(values.name)}, "
+                f"expected {prod(values.shape):,}; {_AGAIN}"
+            )
         shape, at = values.shape, values.offset
         return cls(
             values.name, values.path, values.dtype, shape, at, values.nbytes, scales=scales, block=block
@@ -122,9 +141,10 @@ class Fp8Tensor(SourceTensor):
         values = FLOAT8[raw].reshape(count, -1)
         high, wide = self.block
         rows = (np.arange(count) + self.above + first) // high
-        scales = self.scales.stored(int(rows[0]), int(rows[-1] - rows[0]) + 1)[rows - rows[0]]
+        columns = np.arange(values.shape[1]) // wide  # a block may be far wider than the matrix
+        scales = self.scales.stored(int(rows[0]), int(rows[-1] - rows[0]) + 1)
         with np.errstate(
             all="ignore"
         ):  # a damaged file may hold anything; what is not finite is refused later
-            values *= np.repeat(scales, wide, axis=1)[:, : values.shape[1]]
+            values *= scales[np.ix_(rows - rows[0], columns)]
         return values

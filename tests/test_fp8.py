@@ -2,6 +2,8 @@
 
 import json
 import struct
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 import edgert
-from edgert.converters.fp8 import FLOAT8
+from edgert.converters.fp8 import FLOAT8, Fp8Tensor
+from edgert.converters.safetensors_source import open_shard
 from edgert.errors import ConversionError, UnsupportedError
 from tests import kernel_inputs as inputs
 from tests import tiny_models
@@ -109,6 +112,20 @@ def test_a_file_is_that_of_the_numbers_in_float32(name: str, block: tuple[int, i
     assert "F8_E4M3" in {tensor.source_type for tensor in found.tensors}
 
 
+def test_blocks_may_be_wider_and_higher_than_any_matrix(tmp_path: Path) -> None:
+    """Up to 2**20 - 1 of config.json, which must not become memory."""
+    name, size = "llama_rope_llama3", ((1 << 20) - 1, (1 << 20) - 1)
+    published = write_published(tmp_path / "m", name, *size)
+    plain = written(tmp_path / "plain" / "m", name, halved(name, size)[1])
+    edgert.convert(plain, tmp_path / "plain.ert", quant="q8")
+    tracemalloc.start()
+    edgert.convert(published, tmp_path / "m.ert", quant="q8")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 << 20
+    assert (tmp_path / "m.ert").read_bytes() == (tmp_path / "plain.ert").read_bytes()
+
+
 def test_it_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix comes in slabs of rows, and its scales with them."""
     from edgert.converters.safetensors_source import SourceTensor
@@ -128,7 +145,11 @@ def test_it_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"weight_block_size": [128, 0]}, UnsupportedError, "found quantization_config"),
         ({"fmt": "e5m2"}, UnsupportedError, "found quantization_config"),
         ({"activation_scheme": "static"}, UnsupportedError, "found quantization_config"),
-        ({"weight_block_size": [64, 16]}, UnsupportedError, "q_proj.weight as 'F8_E4M3', expected F32"),
+        (
+            {"weight_block_size": [64, 16]},
+            ConversionError,
+            r"_scale_inv' as 'F32' of shape \[1, 1\], expected",
+        ),
     ],
 )
 def test_what_is_not_understood_is_refused(
@@ -142,7 +163,9 @@ def test_what_is_not_understood_is_refused(
         edgert.convert(folder, tmp_path / "m.ert")
 
 
-@pytest.mark.parametrize("damage", ["nan", "infinite scale", "no scales", "one row of scales too few"])
+@pytest.mark.parametrize(
+    "damage", ["nan", "infinite scale", "no scales", "one row of scales too few", "scales in 8 bits"]
+)
 def test_damage_is_found(damage: str, tmp_path: Path) -> None:
     name, key = "llama_rope_llama3", "model.layers.1.mlp.up_proj.weight"
     tensors, _ = halved(name, (16, 24))
@@ -152,11 +175,25 @@ def test_damage_is_found(damage: str, tmp_path: Path) -> None:
     elif damage == "infinite scale":
         tensors[f"{key}_scale_inv"][1, 1] = np.inf
     else:
-        message = "as 'F8_E4M3', expected F32"
-        scales = tensors.pop(f"{key}_scale_inv")
+        scales, size = (
+            tensors.pop(f"{key}_scale_inv"),
+            r"of shape \[6, 2\] for blocks of 16 x 24 of \[96, 48\]",
+        )
+        message = f"found no '{key}_scale_inv', expected one {size}"
         if damage != "no scales":
-            tensors[f"{key}_scale_inv"] = scales[:-1].copy()
+            small = scales[:-1] if damage == "one row of scales too few" else scales.astype(np.uint8)
+            kind = "F32" if damage == "one row of scales too few" else "F8_E4M3"
+            tensors[f"{key}_scale_inv"] = small.copy()
+            message = rf"'{key}_scale_inv' as '{kind}' of shape \[{len(small)}, 2\], expected .* {size}"
     folder = written(tmp_path / "m", name, tensors, quantization_config=described(16, 24))
     with pytest.raises((ConversionError, UnsupportedError), match=message):
         edgert.convert(folder, tmp_path / "m.ert", quant="q8")
     assert not (tmp_path / "m.ert").exists()
+
+
+def test_a_matrix_of_too_few_bytes_is_named(tmp_path: Path) -> None:
+    tensors = open_shard(write_published(tmp_path / "m", "llama_rope_llama3") / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    cut = replace(tensors[name], nbytes=96 * 48 - 1)
+    with pytest.raises(ConversionError, match=rf"found 4,607 bytes of '{name}', expected 4,608"):
+        Fp8Tensor.of(cut, tensors[f"{name}_scale_inv"], (128, 128))

@@ -208,12 +208,13 @@ def hf_samples(folder: Path) -> Iterator[Sample]:
     gated = ("gemma2_caps", "gemma3_scaled_cap_v4", "phi3_partial_longrope", "smollm3_windows", "glm4_gqa")
     plain = ("gpt2_defaults", "gpt_neox_parallel", "opt_relu", "falcon_alibi", "cohere_tied")
     routed = ("gpt_oss_yarn", "deepseek_v2_groups_biases", "deepseek_v3_yarn", "gpt_oss_mxfp4")
-    halved = {f"{name}_fp8": name for name in ("deepseek_v3_yarn", "qwen3_mqa_odd_sizes")}
+    halved = {"deepseek_v3_yarn_fp8": (16, 24), "qwen3_mqa_odd_sizes_fp8": (7, 5)}
+    halved |= {"llama_gqa_tied_fp8": (1 << 19, 3), "qwen3_mha_biases_fp8": (128, 128)}
     for name in (*names, *gated, *plain, *routed, *halved, "exaone4_hybrid", "qwen3_moe_biases_window"):
         if name == "gpt_oss_mxfp4":
             test_mxfp4.write_published(folder / name)
         elif name in halved:
-            test_fp8.write_published(folder / name, halved[name], 16, 24)
+            test_fp8.write_published(folder / name, name.removesuffix("_fp8"), *halved[name])
         else:
             tiny_models.write_folder(folder / name, name)
         (folder / name / "tokenizer_config.json").write_text(
