@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from edgert.errors import ConversionError, FormatError, OptionError
 from edgert.format import ErtFile
 from edgert.format.predictors import read_predictors
 from edgert.format.verify import check
-from edgert.kernels import gate_rows, neuron_packing, program
+from edgert.kernels import gate_rows, neuron_packing, neurons, program
 from edgert.kernels.reference import gate_rows as twins
 from edgert.model.forward import WHOLE_AT_START, Forward
 from edgert.state import Weights
@@ -103,6 +104,18 @@ def test_scores_of_a_row_decide_for_that_row_alone(name: str) -> None:
     for rows in ROWS[1:]:
         inputs.same(logits(weights, rows, predict=True, whole=5), alone)
     inputs.same(logits(weights, 3, threads=3, predict=True, whole=5), alone)
+
+
+@pytest.mark.compiled
+def test_long_units_of_gates_compute_what_is_expected() -> None:
+    spec = replace(SMALL, layers=1, ffn_width=2100)
+    whole = inputs.tiny_weights(spec, lambda tensor: "q4")
+    kept = inputs.raw("many", spec.ffn_width) < 192
+    assert kept.sum() >= neurons.MANY
+    predicted = one_by_one(whole, (32,), np.where(kept, SURE, -SURE))
+    expected = logits(without_gates(whole, kept), 20)
+    for rows, threads in ((1, 1), (1, 2), (3, 2)):
+        inputs.same(logits(predicted, rows, threads, predict=True), expected)
 
 
 def test_only_the_gates_that_are_expected_are_computed() -> None:
