@@ -1,6 +1,7 @@
 """What leaving out the neurons that do not fire gives, in time.
 
     bench_sparsity.py shape [--shape NAME] [--zeros 0.85,0.6] [--predicted 2.1] [--rank R] [--layers N] [-t N]
+    bench_sparsity.py shape --zeros "" --core 0.4,0.2 [--layers N] [-t N]
     bench_sparsity.py model FOLDER [--quant q4] [-t THREADS] [-r ROUNDS]
     bench_sparsity.py quality FOLDER --calibrate TEXT --text TEXT [--last 200] [--shares 0.25,0.4,0.5,0.6]
     bench_sparsity.py quality FOLDER --calibrate TEXT --text TEXT --ways core --shares 0.6,0.4 [--prompt 64]
@@ -8,8 +9,10 @@
 `shape`: random weights of a published shape, their gates planted so that a chosen share of the activations is
 zero: how often a neuron fires follows the family's target (FIRING). With --predicted also with predictors,
 planted to expect so many times the neurons that fire, and those among them: only the time is that of
-a real one, of which `edgert inspect` says how many it expects. `model`: a Hugging Face model with ReLU,
-converted both ways; greedy generation must give the same tokens. Rounds are interleaved; medians are shown.
+a real one, of which `edgert inspect` says how many it expects. With --core also what goes on with such a
+share of its neurons, without zeros among them, as a model with SiLU does. `model`: a Hugging Face model with
+ReLU, converted both ways; greedy generation must give the same tokens. Rounds are interleaved; medians are
+shown.
 `quality`: perplexity with ever more activations (CATS) or inputs (TEAL) taken for zero, or of what follows
 the first tokens of each text with ever fewer neurons, those that these used most, or without ever more
 feed-forwards; and what verification makes of it: the same greedy tokens as without, and how many are kept
@@ -134,9 +137,12 @@ def zeros_of(forward: Forward, tokens: list[int]) -> float:
 
 
 def seconds_per_token(forward: Forward) -> float:
-    """Of TOKENS tokens, one by one, from an empty cache."""
+    """Of TOKENS tokens, one by one, from an empty cache; behind a prompt where that has a core."""
     rng = np.random.default_rng(3)
     tokens = rng.integers(0, forward.spec.vocab, TOKENS).tolist()
+    if forward.cores is not None:
+        forward.run(tokens)  # the prompt that the core is of
+        forward.freeze()
     began = time.perf_counter()
     for token in tokens:
         forward.run([token], outputs=[0])
@@ -175,6 +181,12 @@ def bench_shape(args: argparse.Namespace) -> dict:
             shares[name] = zeros_of(runs[name], [5, 99, 1234])
             read, of = runs[name].gated
             print(f"{name}: {read / of:.1%} of the gates read, rank {ranks[0]}", flush=True)
+        for share in args.core:
+            weights = random_weights(replace(spec, activation="silu", core=share), "q4")
+            name = f"core of {share:.0%}"
+            runs[name] = stack.enter_context(closing(Forward(weights, replace(config, predict=True))))
+            runs[name].whole = 0
+            shares[name] = 1 - share
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(args.rounds + 1):
             for name, forward in runs.items():
@@ -284,7 +296,7 @@ def show(result: dict) -> None:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    return [float(part) for part in text.split(",") if part]
 
 
 def main() -> None:
@@ -301,6 +313,7 @@ def main() -> None:
     sub.add_argument("--zeros", type=_numbers, default=[0.85, 0.6])
     sub.add_argument("--predicted", type=float, help="neurons expected, for each that fires; 2.1 or more")
     sub.add_argument("--rank", type=int, help="of the predictors; an eighth of the width by default")
+    sub.add_argument("--core", type=_numbers, default=[], help="shares of neurons behind a prompt")
     sub.add_argument("--layers", type=int, help="fewer layers than the shape has")
     sub = commands.add_parser("model", parents=[common])
     sub.set_defaults(run=bench_model)
