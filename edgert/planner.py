@@ -9,7 +9,7 @@ from edgert import tiling
 from edgert.config import KV_TYPES, EngineConfig, KvType, ModelSpec, Tiling
 from edgert.errors import MemoryBudgetError, OptionError
 from edgert.flash import Parts
-from edgert.kernels import jit
+from edgert.kernels import execute
 from edgert.kernels import kv as kv_kernels
 from edgert.kernels.attention import MOST_HEADS
 from edgert.state import MAX_OUTPUTS
@@ -123,7 +123,7 @@ def plan(
     if not isinstance(budget, int | None):
         raise OptionError(f"ram is {budget!r}; expected bytes as a whole number, or a text like 2GiB")
     if budget is not None:
-        compiling = 0 if jit.is_cached() else COMPILING_BYTES
+        compiling = 0 if execute.is_cached() else COMPILING_BYTES
         cache, buffers = cache_bytes(spec, config), buffer_bytes(spec, config)
         fixed = BASE_BYTES + compiling + cache + buffers + draft_bytes
         whole = fixed + weight_bytes

@@ -9,6 +9,7 @@ from itertools import product
 from edgert import tiling
 from edgert.config import EngineConfig, ModelSpec, SamplingParams, Tiling
 from edgert.experts import store
+from edgert.kernels import operations
 from edgert.model.forward import Forward
 from edgert.model.shapes import random_weights
 from edgert.neurons import store as neurons
@@ -26,7 +27,7 @@ _UNSURE = 0.03
 
 
 def warm_up() -> None:
-    """Compile, or load from the cache, all that any model needs: one entry serves every model."""
+    """Compile, or load from the cache, all that any model needs."""
     spec = ModelSpec("llama", 1, 32, 1, 1, 32, 32, 32, 32, 1e-5, tied_embeddings=True)
     forward = Forward(random_weights(spec, "q4"), EngineConfig(threads=1, context=32, chunk=8))
     logits = forward.run([1, 2], outputs=[1])
@@ -34,6 +35,7 @@ def warm_up() -> None:
     forward.run([3, 4], parents=[-1, -1])
     forward.keep([1])  # of a tree of guesses
     forward.close()
+    operations.addresses(operations.OPERATIONS)
     store.warm_up()
     neurons.warm_up()
 

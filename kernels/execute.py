@@ -1,10 +1,15 @@
 """The one compiled entry that executes a program (see program.py), with however many threads."""
 
 from edgert.kernels import atomics, team
-from edgert.kernels.jit import inlined, jit
-from edgert.kernels.operations import call, unpack
+from edgert.kernels.jit import inlined, jit, missing
+from edgert.kernels.operations import OPERATIONS, call, unpack
 from edgert.kernels.program import AHEAD, EXPERTS, FIRST, FORESEEN, LAST, ROWS, TOKENS, WANTED
 from edgert.kernels.units import units_of
+
+
+def is_cached() -> bool:
+    """Whether all that models of any kind are computed with is in the cache."""
+    return not missing([*OPERATIONS.values(), enter])
 
 
 @jit

@@ -17,7 +17,7 @@ import logging
 import os
 import platform
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,9 +30,6 @@ from edgert.kernels import target
 
 JIT: bool = not config.DISABLE_JIT
 """False under NUMBA_DISABLE_JIT=1: every kernel is then its NumPy twin."""
-
-ENTRY = "enter"
-"""The function that is compiled last (execute.py): where it is in the cache, everything is."""
 
 _log = logging.getLogger("edgert.kernels")
 _root: Path | None = None  # set by `use_cache_root`; None: as the environment says
@@ -94,12 +91,15 @@ def cache_folder() -> Path | None:
     return folder if _refusal is None else None
 
 
-def is_cached() -> bool:
-    """Whether the kernels are in the cache, so that nothing will be compiled."""
+def missing(functions: Iterable[Any]) -> list[str]:
+    """The names of these compiled functions that are not in the cache, so that they will be compiled."""
     if not JIT:
-        return True
+        return []
     folder = cache_folder()
-    return folder is not None and any(folder.glob(f"*.{ENTRY}-*.nbc"))
+    held = {path.name.split("-")[0] for path in folder.glob("*.nbc")} if folder else set()
+    # numba names a file of the cache so: the module, the function, a dash and its line.
+    names = (f"{f.__module__.rpartition('.')[2]}.{f.__qualname__}" for f in functions)
+    return [name for name in names if name not in held]
 
 
 def cache_report() -> str:

@@ -7,7 +7,7 @@ gets the arrays of the run as one array of addresses: passing twenty arrays take
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 from numpy.typing import NDArray
 
-from edgert.kernels.jit import JIT, inlined, is_cached, jit
+from edgert.kernels.jit import JIT, inlined, jit, missing
 
 _log = logging.getLogger("edgert.kernels")
 
@@ -132,11 +132,12 @@ call = _call if JIT else _plain_call
 def pack(arrays: Sequence[Any]) -> Any:
     """What `unpack` takes of these arrays: the fields of Run but the first. They must outlive it.
 
-    Compiles all operations, or loads them from the cache.
+    Compiles the operations of their program, or loads them from the cache.
     """
     if not JIT:
         return Run(np.arange(len(OPERATIONS)), *arrays)
-    run: tuple[NDArray[Any], ...] = Run(_addresses(), *arrays)
+    used = {int(number) for number in arrays[0][:, 0]} | {PRODUCT}
+    run: tuple[NDArray[Any], ...] = Run(addresses(used), *arrays)
     packed = np.zeros(len(run) * _WORDS, np.int64)
     for k, (array, kind) in enumerate(zip(run, _KINDS, strict=True)):
         if array.dtype.name != kind.dtype.name or array.ndim != kind.ndim or not array.flags.c_contiguous:
@@ -146,22 +147,20 @@ def pack(arrays: Sequence[Any]) -> Any:
     return packed
 
 
-_found: NDArray[np.int64] | None = None
+_found: dict[int, int] = {}
 
 
-def _addresses() -> NDArray[np.int64]:
-    """Where the machine code of each operation is."""
-    global _found
-    if _found is None:
-        if not is_cached():
-            _log.info("compiling the kernels for this CPU, once; this takes half a minute")
-        n, run = types.int64, _KINDS
-        of_unit = (types.int64[::1], n, n, n, n)
-        of_product = (n, run.w, n, n, n, n, n, run.f, n, n, run.xq, run.xs, run.xn, n, n, n, n, n)
-        _found = np.zeros(len(OPERATIONS), np.int64)
-        for number, function in OPERATIONS.items():
-            signature = of_product if number == PRODUCT else of_unit
-            function.compile(signature)
-            code = function.overloads[signature]
-            _found[number] = code.library.get_pointer_to_function(code.fndesc.llvm_func_name)
-    return _found
+def addresses(numbers: Collection[int]) -> NDArray[np.int64]:
+    """Where the machine code of these operations is, by number; 0 for the others."""
+    wanted = {number: OPERATIONS[number] for number in numbers if number not in _found}
+    if lacking := missing(wanted.values()):
+        _log.info("compiling %d kernels for this CPU, once; this may take half a minute", len(lacking))
+    n, run = types.int64, _KINDS
+    of_unit = (types.int64[::1], n, n, n, n)
+    of_product = (n, run.w, n, n, n, n, n, run.f, n, n, run.xq, run.xs, run.xn, n, n, n, n, n)
+    for number, function in wanted.items():
+        signature = of_product if number == PRODUCT else of_unit
+        function.compile(signature)
+        code = function.overloads[signature]
+        _found[number] = code.library.get_pointer_to_function(code.fndesc.llvm_func_name)
+    return np.array([_found[k] if k in numbers else 0 for k in range(len(OPERATIONS))], np.int64)

@@ -1,9 +1,11 @@
 """Operations as functions of their own: none is missing, and what they are given is what is there."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from edgert.kernels import execute, operations, program
+from edgert.kernels import execute, jit, operations, program
 from edgert.kernels.operations import OPERATIONS, PRODUCT, Run, pack
 
 
@@ -24,9 +26,7 @@ def test_every_operation_of_a_program_has_a_function() -> None:
 
 @pytest.mark.compiled
 def test_an_unpacked_run_is_the_arrays_that_were_packed() -> None:
-    from edgert.kernels.jit import jit
-
-    @jit
+    @jit.jit
     def add_up(packed, totals):  # type: ignore[no-untyped-def]
         run = operations.unpack(packed)
         totals[0] = run.code.sum()
@@ -54,3 +54,23 @@ def test_an_unpacked_run_is_the_arrays_that_were_packed() -> None:
 def test_an_array_of_another_kind_is_not_packed(wrong: np.ndarray) -> None:
     with pytest.raises(AssertionError, match="f is"):
         pack(list((arrays() | {"f": wrong}).values()))
+
+
+@pytest.mark.compiled
+def test_only_what_a_program_has_is_compiled_for_it() -> None:
+    found = operations.addresses({program.EMBED, program.QUANTIZE})
+    assert set(np.flatnonzero(found)) == {program.EMBED, program.QUANTIZE}
+    assert len(found) == len(OPERATIONS)
+
+
+@pytest.mark.compiled
+def test_what_is_not_in_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "_root", tmp_path)
+    folder = jit.cache_folder()
+    assert folder is not None
+    functions = [OPERATIONS[program.EMBED], OPERATIONS[PRODUCT], execute.enter]
+    assert jit.missing(functions) == ["units._embed", "matmul.matmul", "execute.enter"]
+    (folder / "matmul.matmul-82.py311.1.nbc").write_bytes(b"code")
+    (folder / "units._embed-9.py311.nbi").write_bytes(b"an index alone")
+    assert jit.missing(functions) == ["units._embed", "execute.enter"]
+    assert not execute.is_cached()
