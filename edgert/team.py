@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from edgert.kernels import execute, operations, team
+from edgert.kernels import execute, team
 from edgert.kernels.jit import JIT
+from edgert.kernels.operations import Run, pack
 
 _WAKE_WAIT = 0.002
 """Seconds the leader waits for a worker it woke. One that is later joins the next program."""
@@ -42,16 +43,16 @@ class _Bell:
 class Team:
     """Threads that execute programs over one fixed set of arrays. Close it, or leave it to the collector.
 
-    `arrays` are the fields of `operations.Run` between the first and the last; `length` is that of the
-    program. With the JIT off the caller's thread works alone.
+    With the JIT off the caller's thread works alone.
     """
 
-    def __init__(self, threads: int, arrays: tuple[Any, ...], length: int) -> None:
+    def __init__(self, threads: int, run: Run) -> None:
         self.workers = threads - 1 if JIT else 0
         self.seconds = 0.0  # spent in compiled code, all runs together
         self._control = np.zeros(team.control_words(self.workers), np.int64)
-        self._arrays = (*arrays, np.zeros(length, np.int64))  # kept: what is packed are their addresses
-        self._arguments = (operations.pack(self._arrays), self._control)
+        # Kept: compiled code has the addresses of its arrays only.
+        self._run = run._replace(tickets=np.zeros(len(run.code), np.int64))
+        self._arguments = (pack(self._run), self._control)
         self._bells = [_Bell() for _ in range(self.workers)]
         weakref.finalize(self, _dismiss, self._bells)
         # Started here, parked, and not at the first run: an interrupt among the starts then leaves no
@@ -74,7 +75,7 @@ class Team:
         self._threads.clear()
 
     def _start(self, worker: int) -> threading.Thread:
-        arguments = (worker, self.workers, self._arguments, self._arrays, self._bells[worker - 1])
+        arguments = (worker, self.workers, self._arguments, self._run, self._bells[worker - 1])
         thread = threading.Thread(target=_serve, args=arguments, daemon=True, name=f"edgert-{worker}")
         thread.start()
         return thread
@@ -104,11 +105,8 @@ def _dismiss(bells: list[_Bell]) -> None:
         bell.ring()
 
 
-def _serve(
-    worker: int, workers: int, arguments: tuple[Any, ...], arrays: tuple[Any, ...], bell: _Bell
-) -> None:
-    # A function, not a method: a thread that held the Team would keep it alive. It does hold the arrays,
-    # of which compiled code has the addresses only.
+def _serve(worker: int, workers: int, arguments: tuple[Any, ...], run: Run, bell: _Bell) -> None:
+    # A function, not a method: a thread that held the Team would keep it alive. It does hold the run.
     while True:
         bell.wait()
         if bell.closing:

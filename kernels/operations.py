@@ -7,12 +7,14 @@ gets the arrays of the run as one array of addresses: passing twenty arrays take
 """
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 from numpy.typing import NDArray
@@ -27,10 +29,13 @@ PRODUCT = 23
 """Behind them: `matmul`, which five of them call. It is the largest kernel, and exists once."""
 
 
-class Run(NamedTuple):
-    """The arrays of one run; program.py says what is in them."""
+_NONE: NDArray[np.int64] = np.zeros(0, np.int64)
 
-    operations: NDArray[np.int64]
+
+class Run(NamedTuple):
+    """The arrays of one run; program.py says what is in them, but for the last two: `Team` and `pack` make
+    the tickets, a word for each operation that says which unit is next, and the operations' addresses."""
+
     code: NDArray[np.int64]
     reals: NDArray[np.float32]
     w: NDArray[np.uint8]
@@ -46,14 +51,28 @@ class Run(NamedTuple):
     rows: NDArray[np.int64]
     paths: NDArray[np.int64]
     job: NDArray[np.int64]
-    tickets: NDArray[np.int64]
+    tickets: NDArray[np.int64] = _NONE
+    operations: NDArray[np.int64] = _NONE
 
 
 _KINDS: Any = Run(
-    *(types.int64[::1], types.int64[:, ::1], types.float32[:, ::1], types.uint8[::1], types.uint8[::1]),
-    *(types.int64[::1], types.float32[::1], types.int8[::1], types.float32[::1], types.int32[::1]),
-    *(types.uint8[::1], types.uint8[::1], types.int64[::1], types.int64[:, ::1], types.int64[::1]),
-    *(types.int64[::1], types.int64[::1]),
+    code=types.int64[:, ::1],
+    reals=types.float32[:, ::1],
+    w=types.uint8[::1],
+    pool=types.uint8[::1],
+    table=types.int64[::1],
+    f=types.float32[::1],
+    xq=types.int8[::1],
+    xs=types.float32[::1],
+    xn=types.int32[::1],
+    kv=types.uint8[::1],
+    spare=types.uint8[::1],
+    routes=types.int64[::1],
+    rows=types.int64[:, ::1],
+    paths=types.int64[::1],
+    job=types.int64[::1],
+    tickets=types.int64[::1],
+    operations=types.int64[::1],
 )
 _WORDS = 3
 """Of one array in an opened run: its address, and its length in either dimension."""
@@ -107,15 +126,27 @@ def operands(packed, i):
     return run, run.code[i], run.reals[i, 0], run.reals[i, 1]
 
 
+_N = types.int64
+_OF_UNIT = (types.int64[::1], _N, _N, _N, _N)
+_OF_PRODUCT = (
+    *(_N, _KINDS.w, _N, _N, _N, _N, _N, _KINDS.f, _N, _N, _KINDS.xq, _KINDS.xs, _KINDS.xn),
+    *(_N, _N, _N, _N, _N),
+)
+
+
 @intrinsic
 def _call(typing: Any, address: Any, arguments: Any) -> Any:
-    kinds = [types.unliteral(kind) for kind in arguments]
+    kinds = tuple(types.unliteral(kind) for kind in arguments)
+    if kinds not in (_OF_UNIT, _OF_PRODUCT):
+        raise TypingError(f"call of {kinds}, expected {_OF_UNIT} or {_OF_PRODUCT}")
 
     def body(context: Any, builder: ir.IRBuilder, sig: Any, args: list[ir.Value]) -> ir.Value:
         values = [builder.extract_value(args[1], k) for k in range(len(kinds))]
         function = context.call_conv.get_function_type(types.none, kinds)
         callee = builder.inttoptr(args[0], function.as_pointer())
-        context.call_conv.call_function(builder, callee, types.none, kinds, values)
+        status, _ = context.call_conv.call_function(builder, callee, types.none, kinds, values)
+        with cgutils.if_unlikely(builder, status.is_error):  # an index out of bounds, where they are checked
+            context.call_conv.return_status_propagate(builder, status)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.Tuple(kinds)), body
@@ -129,17 +160,19 @@ call = _call if JIT else _plain_call
 """call(run.operations[number], arguments), of exactly the types it is compiled for."""
 
 
-def pack(arrays: Sequence[Any]) -> Any:
-    """What `unpack` takes of these arrays: the fields of Run but the first. They must outlive it.
+def pack(run: Run) -> Any:
+    """What `unpack` takes of a run, whose arrays must outlive it; its operations are in it.
 
     Compiles the operations of their program, or loads them from the cache.
     """
     if not JIT:
-        return Run(np.arange(len(OPERATIONS)), *arrays)
-    used = {int(number) for number in arrays[0][:, 0]} | {PRODUCT}
-    run: tuple[NDArray[Any], ...] = Run(addresses(used), *arrays)
-    packed = np.zeros(len(run) * _WORDS, np.int64)
-    for k, (array, kind) in enumerate(zip(run, _KINDS, strict=True)):
+        return run._replace(operations=np.arange(len(OPERATIONS)))
+    used = {int(number) for number in run.code[:, 0]} | {PRODUCT}
+    packed = np.zeros(len(Run._fields) * _WORDS + len(OPERATIONS), np.int64)
+    operations = packed[-len(OPERATIONS) :]
+    operations[:] = addresses(used)
+    arrays: tuple[NDArray[Any], ...] = run._replace(operations=operations)
+    for k, (array, kind) in enumerate(zip(arrays, _KINDS, strict=True)):
         if array.dtype.name != kind.dtype.name or array.ndim != kind.ndim or not array.flags.c_contiguous:
             raise AssertionError(f"{Run._fields[k]} is {array.dtype}[{array.ndim}], expected {kind}")
         packed[k * _WORDS] = array.ctypes.data
@@ -155,11 +188,8 @@ def addresses(numbers: Collection[int]) -> NDArray[np.int64]:
     wanted = {number: OPERATIONS[number] for number in numbers if number not in _found}
     if lacking := missing(wanted.values()):
         _log.info("compiling %d kernels for this CPU, once; this may take half a minute", len(lacking))
-    n, run = types.int64, _KINDS
-    of_unit = (types.int64[::1], n, n, n, n)
-    of_product = (n, run.w, n, n, n, n, n, run.f, n, n, run.xq, run.xs, run.xn, n, n, n, n, n)
     for number, function in wanted.items():
-        signature = of_product if number == PRODUCT else of_unit
+        signature = _OF_PRODUCT if number == PRODUCT else _OF_UNIT
         function.compile(signature)
         code = function.overloads[signature]
         _found[number] = code.library.get_pointer_to_function(code.fndesc.llvm_func_name)

@@ -24,7 +24,7 @@ from edgert.format.layout import page_padded
 from edgert.format.tensors import expert_name
 from edgert.kernels import experts as kernel
 from edgert.kernels import program
-from edgert.kernels.operations import pack
+from edgert.kernels.operations import Run, pack
 from edgert.model.forward import Forward
 from edgert.state import Weights
 from tests import kernel_inputs as inputs
@@ -434,10 +434,24 @@ def test_a_thread_that_waits_for_another_leaves_the_places_of_resident_experts_a
     routes[:2] = 1, 0  # one busy expert: number 0
     table, words, none = np.zeros(16, np.int64), np.zeros(1, np.int64), np.zeros((1, 1), np.int64)
     reals, f, bytes_ = np.zeros((1, 2), np.float32), np.zeros(64, np.float32), np.zeros(64, np.uint8)
-    quantised = (np.zeros(64, np.int8), np.zeros(8, np.float32), np.zeros(8, np.int32))
-    arrays = (c[None], reals, bytes_, bytes_, table, f, *quantised, bytes_, bytes_, routes, none)
-    kept = (*arrays, words, words, words)
-    packed = pack(kept)
+    run = Run(
+        code=c[None],
+        reals=reals,
+        w=bytes_,
+        pool=bytes_,
+        table=table,
+        f=f,
+        xq=np.zeros(64, np.int8),
+        xs=np.zeros(8, np.float32),
+        xn=np.zeros(8, np.int32),
+        kv=bytes_,
+        spare=bytes_,
+        routes=routes,
+        rows=none,
+        paths=words,
+        job=words,
+    )
+    packed = pack(run)
 
     routes[8:12] = 1, 1, 1, 1  # all of it is done: compiled now, not while the other thread is awaited
     kernel.run_experts(packed, 0, 0, 1, 0)

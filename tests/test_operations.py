@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numba.core.errors import TypingError
 
 from edgert.kernels import execute, jit, operations, program
 from edgert.kernels.operations import OPERATIONS, PRODUCT, Run, pack
@@ -12,7 +13,7 @@ from edgert.kernels.operations import OPERATIONS, PRODUCT, Run, pack
 def arrays() -> dict[str, np.ndarray]:
     """Small arrays of a run, each with its own numbers."""
     found = {}
-    for k, (name, kind) in enumerate(zip(Run._fields[1:], operations._KINDS[1:], strict=True)):
+    for k, (name, kind) in enumerate(zip(Run._fields[:-1], operations._KINDS[:-1], strict=True)):
         shape = (2, 3 + k) if kind.ndim == 2 else (4 + k,)
         found[name] = np.full(shape, k, kind.dtype.name)
     return found
@@ -37,7 +38,7 @@ def test_an_unpacked_run_is_the_arrays_that_were_packed() -> None:
 
     kept = arrays()
     totals = np.zeros(4, np.int64)
-    add_up(pack(list(kept.values())), totals)
+    add_up(pack(Run(**kept)), totals)
     assert totals.tolist() == [
         kept["code"].sum(),
         kept["xq"].sum() + kept["rows"][-1, -1],
@@ -53,7 +54,7 @@ def test_an_unpacked_run_is_the_arrays_that_were_packed() -> None:
 )
 def test_an_array_of_another_kind_is_not_packed(wrong: np.ndarray) -> None:
     with pytest.raises(AssertionError, match="f is"):
-        pack(list((arrays() | {"f": wrong}).values()))
+        pack(Run(**(arrays() | {"f": wrong})))
 
 
 @pytest.mark.compiled
@@ -74,3 +75,58 @@ def test_what_is_not_in_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.M
     (folder / "units._embed-9.py311.nbi").write_bytes(b"an index alone")
     assert jit.missing(functions) == ["units._embed", "execute.enter"]
     assert not execute.is_cached()
+
+
+@pytest.mark.compiled
+def test_an_error_in_an_operation_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an index out of bounds under NUMBA_BOUNDSCHECK=1."""
+
+    @jit.jit
+    def fails(packed, i, unit, rows, me):  # type: ignore[no-untyped-def]
+        if unit == 3:
+            raise IndexError("beyond the end")
+
+    @jit.jit
+    def one(packed, addresses, unit):  # type: ignore[no-untyped-def]
+        operations.call(addresses[program.TAKE], (packed, 0, unit, 1, 0))
+        return unit
+
+    monkeypatch.setitem(OPERATIONS, program.TAKE, fails)
+    monkeypatch.setattr(operations, "_found", {})
+    found, packed = operations.addresses({program.TAKE}), np.zeros(4, np.int64)
+    assert one(packed, found, 2) == 2
+    with pytest.raises(IndexError, match="beyond the end"):
+        one(packed, found, 3)
+
+
+@pytest.mark.compiled
+def test_a_call_with_other_arguments_is_not_compiled() -> None:
+    @jit.jit
+    def wrong(packed, addresses):  # type: ignore[no-untyped-def]
+        operations.call(addresses[program.TAKE], (packed, 0, 1.5, 1, 0))
+
+    with pytest.raises(TypingError, match="expected"):
+        wrong(np.zeros(4, np.int64), np.zeros(40, np.int64))
+
+
+@pytest.mark.compiled
+def test_a_compilation_that_is_interrupted_leaves_nothing_half_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def compile(self, signature: object) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(OPERATIONS, program.TAKE, Interrupted())
+    monkeypatch.setattr(operations, "_found", {})
+    monkeypatch.setattr(operations, "missing", lambda functions: [])
+    with pytest.raises(KeyboardInterrupt):
+        operations.addresses({program.QUANTIZE, program.TAKE})
+    monkeypatch.undo()
+    assert operations.addresses({program.QUANTIZE, program.TAKE}).astype(bool).sum() == 2
+
+
+@pytest.mark.compiled
+def test_what_is_packed_holds_the_addresses_itself() -> None:
+    packed = pack(Run(**arrays()))
+    at = 3 * Run._fields.index("operations")
+    assert packed[at] == packed.ctypes.data + 8 * (len(packed) - len(OPERATIONS))
+    assert packed[-len(OPERATIONS) :][program.EMBED] != 0

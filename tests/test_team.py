@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from edgert.kernels import program, team
+from edgert.kernels.operations import Run
 from edgert.team import Team
 from tests import kernel_inputs as inputs
 
@@ -69,12 +70,25 @@ class Little:
         self.rows = np.zeros((program.TOKEN_WORDS, ROWS), np.int64)
         self.job = np.zeros(program.JOB_WORDS, np.int64)
         self.job[program.LAST] = len(code)
-        rows = (np.zeros(32, np.int8), np.zeros(1, np.float32), np.zeros(1, np.int32))
-        empty = (*rows, np.zeros(1, np.uint8), np.zeros(1, np.uint8))
-        words = np.zeros(2, np.int64)
-        arrays = (np.stack(code), np.zeros((len(code), 2), np.float32), w, w, words, self.f, *empty, words)
-        paths = np.zeros(program.PATH, np.int64)
-        self.team = Team(threads, (*arrays, self.rows, paths, self.job), len(code))
+        bytes_, words = np.zeros(1, np.uint8), np.zeros(2, np.int64)
+        run = Run(
+            code=np.stack(code),
+            reals=np.zeros((len(code), 2), np.float32),
+            w=w,
+            pool=w,
+            table=words,
+            f=self.f,
+            xq=np.zeros(32, np.int8),
+            xs=np.zeros(1, np.float32),
+            xn=np.zeros(1, np.int32),
+            kv=bytes_,
+            spare=bytes_,
+            routes=words,
+            rows=self.rows,
+            paths=np.zeros(program.PATH, np.int64),
+            job=self.job,
+        )
+        self.team = Team(threads, run)
 
     def check(self, round_: int) -> None:
         """Run one program of some tokens and compare every number."""

@@ -17,6 +17,7 @@ from edgert.errors import OptionError, UsageError
 from edgert.experts import ExpertStore
 from edgert.flash import Store
 from edgert.kernels import program
+from edgert.kernels.operations import Run
 from edgert.kv_cache import KvCache
 from edgert.model import layer_of
 from edgert.model.builder import Builder
@@ -94,10 +95,24 @@ class Forward:
         self._left: tuple[int, int, tuple[int, ...]] | None = None
         pool = store.arena if store else weights.data
         table = store.table if store else weights.expert_table().reshape(-1)
-        held = (weights.data, pool, table)
-        buffers = (state.f, state.xq, state.xs, state.xn, self.cache.data, state.spare)
-        rows = (state.routes, state.rows, state.paths, self._job)
-        self.team = Team(config.threads, (code, reals, *held, *buffers, *rows), len(code))
+        run = Run(
+            code=code,
+            reals=reals,
+            w=weights.data,
+            pool=pool,
+            table=table,
+            f=state.f,
+            xq=state.xq,
+            xs=state.xs,
+            xn=state.xn,
+            kv=self.cache.data,
+            spare=state.spare,
+            routes=state.routes,
+            rows=state.rows,
+            paths=state.paths,
+            job=self._job,
+        )
+        self.team = Team(config.threads, run)
         # Where a layer's experts are computed: with streamed ones a forward can be cut there.
         self._cuts = [i for i, row in enumerate(code) if row[0] == program.EXPERTS]
         if isinstance(store, ExpertStore):
