@@ -21,7 +21,7 @@ SPARSE_ACTIVATIONS: Final = ("relu", "relu2")
 LEAST_WIDTH: Final = neuron_packing.SPAN * GROUP
 """Below it a row of up is mostly padding: the bundled target, 192 wide, is a fifth slower so."""
 SLAB_WEIGHTS: Final = 1 << 20
-"""Weights of one slab, as in pipeline.py."""
+"""Weights of one slab, of which one is held at a time: of the smaller ones of pipeline.py it is several."""
 
 Sparsity = str | float
 """One of SPARSITIES, a share of activations, "core:" and a share of neurons (model/cores.py), or "teal:"

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from edgert.config import QUANTS
-from edgert.converters import convert
+from edgert.converters import convert, pipeline
 from edgert.converters.architectures import describe, source_name
 from edgert.converters.hf_config import HfConfig
 from edgert.errors import ConversionError, EdgertError, NotAModelError, OptionError, UnsupportedError
@@ -287,4 +288,36 @@ def test_a_full_disk_leaves_nothing_behind(
     monkeypatch.setattr("edgert.format.writer.Disk.create", lambda _, path: Full(path, "xb"))
     with pytest.raises(ConversionError, match="disk full"):
         convert(folder, tmp_path / "m.ert")
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny-llama"}
+
+
+def test_a_writer_that_fails_while_slabs_are_rounded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those handed over are rounded to their end, no others are begun, and no thread or file is left."""
+    encode, at_work, failed = pipeline._encode, threading.Semaphore(0), threading.Event()
+    rounded: list[int] = []
+
+    def slowly(*given: Any) -> Any:
+        rounded.append(len(rounded))
+        if len(rounded) > 1:
+            at_work.release()
+            assert failed.wait(60)
+        return encode(*given)
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            assert at_work.acquire(timeout=60) and at_work.acquire(timeout=60)
+            failed.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("edgert.format.writer.Disk.create", lambda _, path: Full(path, "xb"))
+    monkeypatch.setattr(pipeline, "_encode", slowly)
+    monkeypatch.setattr(pipeline, "_threads", lambda: 2)
+    monkeypatch.setattr(pipeline, "SLAB_WEIGHTS", 1)  # 16 rows, of 100
+    before = set(threading.enumerate())
+    with pytest.raises(ConversionError, match="disk full"):
+        convert(folder, tmp_path / "m.ert")
+    assert failed.is_set() and 3 <= len(rounded) <= 4
+    assert set(threading.enumerate()) <= before
     assert {path.name for path in tmp_path.iterdir()} == {"tiny-llama"}
