@@ -29,7 +29,7 @@ BATCH, LONG_BATCH = 16, 64
 """Neurons of a unit of up. The first four of a unit are not asked for early, as nobody knows who will take
 it: with 64 two threads read 1.2 times as fast as with 16."""
 MANY = 1024
-"""Neurons from which units are long: there are enough of them for all threads."""
+"""Neurons from which units are long: there are then 16 of them or more, enough for as many threads."""
 ROWS_AHEAD = 7
 """Entries of the list that are read past the last neuron: it is taken in fours, and the next four are asked
 for. What stands there may be any neuron."""

@@ -133,7 +133,7 @@ def _search_stored(x, at, step, weight, low, high, inverse, candidates):
 
 
 @inlined
-def _search_line(x, at, step, weight, low, high, candidates, codes):
+def _search_line(x, at, step, weight, candidates, codes):
     """q4m: the line of least error. codes: float32 [32 * 16], what is found on the way."""
     smallest, largest = _range(x, at, step, weight.size)
     zero, top, spread = simd.splat(0.0), simd.splat(15.0), simd.sub(largest, smallest)
@@ -187,7 +187,7 @@ def _search(how, x, at, step, weight, low, high, candidates, codes):
         else:
             scale = _search_stored(x, at, step, weight, bottom, top, inverse, candidates)
     else:
-        scale, minimum = _search_line(x, at, step, weight, low, high, candidates, codes)
+        scale, minimum = _search_line(x, at, step, weight, candidates, codes)
     return scale, minimum
 
 
