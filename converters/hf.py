@@ -92,11 +92,11 @@ def convert_hf(
     tokenizer = tokenizer_json_in(folder)
     foretold = _predictors(predictor, decoder, tensors)
     ranks = foretold.ranks if foretold is not None else ()
-    calibrated = calibration is not None
+    calibrated = calibration is not None or dry_run  # a plan asks for no numbers
     if outliers and sparsity == "auto":
         sparsity = "none"  # a file has one of the two
     spec = with_sparsity(decoder.spec, quant.matrices, sparsity, calibrated, ranks)
-    decoder = replace(decoder, spec=with_outliers(spec, outliers, dry_run or calibrated))
+    decoder = replace(decoder, spec=with_outliers(spec, outliers, calibrated))
     if foretold is not None:
         own = {decoder.source_name(name): tensor for name, tensor in foretold.tensors.items()}
         tensors, metadata = tensors | own, metadata | {PREDICTORS_KEY: foretold.metadata}

@@ -62,6 +62,14 @@ def share_of(sparsity: object, ways: Sequence[str]) -> tuple[str, float] | None:
     return way, share
 
 
+def check_text(sparsity: Sparsity, given: bool) -> None:
+    """OptionError where a text is needed for a sparsity, and none is given."""
+    core = share_of(sparsity, (CORE,)) is not None
+    if not given and (core or isinstance(sparsity, int | float)):
+        use = "say what it costs" if core else "find its threshold"
+        raise OptionError(f"sparsity is {sparsity}, which needs a text to {use}; give calibrate")
+
+
 def with_sparsity(
     spec: ModelSpec,
     quant: Quant,
@@ -83,9 +91,7 @@ def with_sparsity(
     if isinstance(sparsity, int | float) and not 0 < sparsity <= MOST_ZEROS:
         raise OptionError(f"sparsity is {sparsity}; expected a share above 0 and up to {MOST_ZEROS}")
     if core is not None or isinstance(sparsity, int | float):
-        if not calibrated:
-            use = "say what it costs" if core is not None else "find its threshold"
-            raise OptionError(f"sparsity is {sparsity}, which needs a text to {use}; give calibrate")
+        check_text(sparsity, calibrated)
         zeros = True
     elif sparsity not in SPARSITIES:
         raise OptionError(

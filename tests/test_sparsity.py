@@ -49,6 +49,19 @@ def test_thresholds_leave_the_share_that_was_asked_for(kind: Any) -> None:
     assert np.allclose(found.quantiles, np.quantile(often, QUANTILES), atol=1e-4)
 
 
+@pytest.mark.parametrize("sparsity", [0.6, "core:0.5"])
+def test_a_plan_of_a_share_has_the_size_of_the_file(silu: Path, tmp_path: Path, sparsity: Any) -> None:
+    given = {"sparsity": sparsity, "calibrate": silu / "text.txt", "dry_run": True}
+    planned = edgert.convert(silu / "model", tmp_path / "m.ert", "q8", **given)
+    assert not (tmp_path / "m.ert").exists()
+    if sparsity == 0.6:
+        with ErtFile.open(silu / "m.ert") as file:
+            made = {t.name: (t.quant, t.nbytes) for t in file.tensors.values() if t.role != "bytes"}
+        assert {t.name: (t.quant, t.nbytes) for t in planned.tensors} == made
+    with pytest.raises(OptionError, match="needs a text"):
+        edgert.convert(silu / "model", tmp_path / "m.ert", "q8", sparsity=sparsity, dry_run=True)
+
+
 def test_the_hottest_neurons_come_first(tmp_path: Path) -> None:
     firings = Firings("relu")
     rows = np.full((10, 5), -1, np.float32)

@@ -23,7 +23,7 @@ from edgert.converters import ConversionReport, Progress
 from edgert.converters.budget import Choice, assign
 from edgert.converters.hottest_first import Firing
 from edgert.converters.hub import local
-from edgert.converters.neurons import Sparsity, share_of
+from edgert.converters.neurons import Sparsity, check_text, share_of
 from edgert.errors import ConversionError, OptionError
 from edgert.format import ErtFile
 from edgert.format.layout import allowed_quants, stored_bytes
@@ -97,7 +97,8 @@ def convert(
         raise OptionError(f"outliers is {outliers}, which needs a text to find them; give calibrate")
     if bits is None and embedding is not None:
         raise OptionError(f"embedding is {embedding} without bits; expected quant=QuantSpec(...)")
-    if bits is None and (calibrate is None or dry_run):  # a share of zeros without a text is refused there
+    check_text(sparsity, calibrate is not None)
+    if bits is None and (calibrate is None or dry_run):
         return converters.convert(
             source,
             out,
