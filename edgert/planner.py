@@ -123,7 +123,7 @@ def plan(
     if not isinstance(budget, int | None):
         raise OptionError(f"ram is {budget!r}; expected bytes as a whole number, or a text like 2GiB")
     if budget is not None:
-        compiling = 0 if execute.is_cached() else COMPILING_BYTES
+        compiling = 0 if execute.is_cached(spec.experts > 0, spec.neurons) else COMPILING_BYTES
         cache, buffers = cache_bytes(spec, config), buffer_bytes(spec, config)
         fixed = BASE_BYTES + compiling + cache + buffers + draft_bytes
         whole = fixed + weight_bytes

@@ -3,13 +3,26 @@
 from edgert.kernels import atomics, team
 from edgert.kernels.jit import inlined, jit, missing
 from edgert.kernels.operations import OPERATIONS, call, unpack
-from edgert.kernels.program import AHEAD, EXPERTS, FIRST, FORESEEN, LAST, ROWS, TOKENS, WANTED
+from edgert.kernels.program import (
+    AHEAD,
+    EXPERTS,
+    FIRST,
+    FORESEEN,
+    LAST,
+    OF_EXPERTS,
+    OF_NEURONS,
+    ROWS,
+    TOKENS,
+    WANTED,
+)
 from edgert.kernels.units import units_of
 
 
-def is_cached() -> bool:
-    """Whether all that models of any kind are computed with is in the cache."""
-    return not missing([*OPERATIONS.values(), enter])
+def is_cached(experts: bool = True, neurons: bool = True) -> bool:
+    """Whether all that models of a kind are computed with is in the cache: those with experts, those with
+    neurons one by one, or those with neither."""
+    without = set[int]().union(() if experts else OF_EXPERTS, () if neurons else OF_NEURONS)
+    return not missing([enter, *(OPERATIONS[number] for number in OPERATIONS if number not in without)])
 
 
 @jit

@@ -41,6 +41,10 @@ COLUMNS = 27
     NEURONS_READ,
     TAKE,
 ) = range(23)
+OF_EXPERTS = (ROUTE, GROUP, GATHER, EXPERTS, COMBINE, PUBLISH, SPARE, TAKE)
+OF_NEURONS = (ACTIVATE, LIVE, NEURONS_UP, NEURONS_DOWN, PREDICTED, GATE_ROWS, NEURONS_READ, TAKE)
+"""Operations that a model without experts, or without neurons one by one, does not have; TAKE, of outlier
+columns, is rare and small, and therefore in both."""
 TOKENS, OUTPUTS, CHOSEN, FORESEEN = range(4)
 """Rows of an operation: all tokens; the wanted ones, gathered from among them; those gathered before; or
 all tokens where the next layer's experts are to be predicted, else none."""

@@ -45,7 +45,7 @@ def budget(path: Path, slots: int, chunk: int | None = None) -> int:
 @pytest.fixture(autouse=True)
 def compiled_already(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a plan adds for compiling depends on the state of the cache."""
-    monkeypatch.setattr("edgert.kernels.execute.is_cached", lambda: True)
+    monkeypatch.setattr("edgert.kernels.execute.is_cached", lambda *kind: True)
 
 
 def test_a_budget_too_small_for_all_experts_streams_them(moe_file: Path) -> None:

@@ -308,7 +308,7 @@ def budget(path: Path, slots: int) -> int:
 @pytest.fixture
 def large_beside_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """What streaming takes beside is more than the whole of a tiny model: it is not counted here."""
-    monkeypatch.setattr("edgert.kernels.execute.is_cached", lambda: True)
+    monkeypatch.setattr("edgert.kernels.execute.is_cached", lambda *kind: True)
     plain = neuron_parts
     for module in ("edgert.neurons", __name__):
         monkeypatch.setattr(

@@ -1,6 +1,7 @@
 """Operations as functions of their own: none is missing, and what they are given is what is there."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +76,19 @@ def test_what_is_not_in_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.M
     (folder / "units._embed-9.py311.nbi").write_bytes(b"an index alone")
     assert jit.missing(functions) == ["units._embed", "execute.enter"]
     assert not execute.is_cached()
+
+
+@pytest.mark.compiled
+def test_a_dense_model_needs_no_operation_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(execute, "missing", lambda functions: asked.extend(functions))
+    execute.is_cached(experts=False, neurons=False)
+    assert OPERATIONS[program.ATTEND] in asked
+    assert OPERATIONS[program.EXPERTS] not in asked
+    assert OPERATIONS[program.NEURONS_UP] not in asked
+    asked.clear()
+    execute.is_cached()
+    assert len(asked) == len(OPERATIONS) + 1
 
 
 @pytest.mark.compiled

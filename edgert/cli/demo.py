@@ -24,6 +24,7 @@ from edgert.format.layout import page_padded
 from edgert.handoff.setup import HandoffConfig, check_cloud_installed
 from edgert.planner import BASE_BYTES, cores, plan, run_bytes
 from edgert.runtime import Model, load
+from edgert.warmup import warm_up
 
 PROMPT = "Once upon a time"
 FAMILY = ("target", "draft", "moe")
@@ -129,8 +130,9 @@ def demo_command(prompt: str) -> None:
     """Convert the bundled family and let it write, plainly and with every acceleration."""
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         files = _convert_family(Path(scratch))
-        cloud = stack.enter_context(_serving(files["cloud"]))
         began = time.perf_counter()
+        warm_up()  # all at once: what a row compiled would not fit into the memory that it is given
+        cloud = stack.enter_context(_serving(files["cloud"]))
         with load(files["target"], threads=1) as model:
             model.generate(prompt, max_tokens=1)
             seconds = time.perf_counter() - began
