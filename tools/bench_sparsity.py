@@ -254,17 +254,18 @@ def quality(args: argparse.Namespace) -> dict:
                 if way == "whole" and "core" in args.ways:
                     row["behind_prompt"] = evaluate(model, documents, prompt=args.prompt).perplexity
             if share:
-                row |= corrected(path, prompts, args.threads)
+                row |= corrected(path, prompts, args.threads, share)
             rows.append(row)
             print(row, flush=True)
     return {"model": str(args.folder), "quant": args.quant, "documents": len(documents), "rows": rows}
 
 
-def corrected(path: Path, prompts: list[str], threads: int) -> dict:
-    """Greedy generation whole, sparse, and sparse and verified; milliseconds per token of each."""
+def corrected(path: Path, prompts: list[str], threads: int, share: float) -> dict:
+    """Greedy generation whole, sparse, and sparse and verified; milliseconds per token of each, and of the last
+    how many of all neurons it reads per token."""
     told: dict[str, list] = {}
     times: dict[str, float] = {}
-    counts = dict.fromkeys(("drafted", "verified", "tokens"), 0)
+    counts = dict.fromkeys(("drafted", "verifications", "fallback_steps"), 0)
     ways: dict[str, dict] = {"whole": {"sparsity": "none"}, "sparse": {}, "verified": {"draft": "sparse"}}
     for name, options in ways.items():
         with edgert.load(path, threads=threads, **options) as model:
@@ -273,15 +274,16 @@ def corrected(path: Path, prompts: list[str], threads: int) -> dict:
                 done = model.generate(prompt, max_tokens=96)
                 told.setdefault(name, []).append(done.tokens)
                 took += (len(done.tokens) - 1) / done.timings.decode_tok_s
-                if name == "verified":
-                    counts["drafted"] += done.stats["drafted"]
-                    counts["verified"] += done.stats["verified"]
-                    counts["tokens"] += len(done.tokens)
+                for key in counts if name == "verified" else ():
+                    counts[key] += done.stats[key]
             times[name] = took / sum(map(len, told[name])) * 1e3
     if told["verified"] != told["whole"]:
         raise SystemExit("what was verified is not what the whole model says")
     same = sum(a == b for a, b in zip(told["sparse"], told["whole"], strict=True))
-    return {"texts_unchanged": f"{same}/{len(prompts)}", "ms": times} | counts
+    tokens = sum(map(len, told["verified"]))
+    # A verification reads every neuron once for all its rows, a guess its share (Sirius, section 4).
+    read = counts["drafted"] * (1 - share) + counts["verifications"] + counts["fallback_steps"]
+    return {"texts_unchanged": f"{same}/{len(prompts)}", "ms": times, "density": read / tokens} | counts
 
 
 def show(result: dict) -> None:
