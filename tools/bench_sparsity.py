@@ -261,8 +261,10 @@ def quality(args: argparse.Namespace) -> dict:
 
 
 def corrected(path: Path, prompts: list[str], threads: int, share: float) -> dict:
-    """Greedy generation whole, sparse, and sparse and verified; milliseconds per token of each, and of the last
-    how many of all neurons it reads per token."""
+    """Greedy generation whole, sparse, and sparse and verified: milliseconds per token of each.
+
+    density: of the last, how many of all neurons it reads per token.
+    """
     told: dict[str, list] = {}
     times: dict[str, float] = {}
     counts = dict.fromkeys(("drafted", "verifications", "fallback_steps"), 0)
