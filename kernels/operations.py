@@ -20,15 +20,14 @@ from numba.np.arrayobj import make_array, populate_array
 from numpy.typing import NDArray
 
 from edgert.kernels.jit import JIT, inlined, jit, missing
+from edgert.kernels.program import FIELDS
 
 _log = logging.getLogger("edgert.kernels")
 
 OPERATIONS: dict[int, Any] = {}
 """Of each operation of program.py the function of one unit of it."""
-PRODUCT = 23
+PRODUCT = len(FIELDS)
 """Behind them: `matmul`, which five of them call. It is the largest kernel, and exists once."""
-
-
 _NONE: NDArray[np.int64] = np.zeros(0, np.int64)
 
 
